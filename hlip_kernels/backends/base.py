@@ -1,0 +1,103 @@
+"""What a backend is asked, what it answers, and what it must implement."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+import torch
+
+from ..pattern import Plan
+
+
+@dataclass(frozen=True)
+class Query:
+    """The facts a backend decides on: no tensor data, no lengths.
+
+    Attributes:
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        capability: CUDA compute capability as ``(major, minor)``; ``None`` elsewhere.
+        dtype: dtype of q, k and v.
+        head_dim: ``D``.
+    """
+
+    device_type: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    head_dim: int
+
+    @classmethod
+    def of(cls, q: torch.Tensor) -> Query:
+        """The query for a ``(R, H, D)`` tensor."""
+        capability = None
+        if q.device.type == "cuda" and torch.version.hip is None:
+            capability = torch.cuda.get_device_capability(q.device)
+        return cls(q.device.type, capability, q.dtype, q.shape[-1])
+
+    def __str__(self) -> str:
+        where = (
+            self.device_type if self.capability is None else f"{self.device_type} sm_{self.capability[0]}{self.capability[1]}"
+        )
+        return f"attention on {where}, {str(self.dtype).removeprefix('torch.')}, head dim {self.head_dim}"
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a backend can run a query; falsy with a reason when it cannot."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        return "available" if self.ok else f"no: {self.reason}"
+
+    @classmethod
+    def yes(cls) -> Support:
+        return cls(True)
+
+    @classmethod
+    def no(cls, reason: str) -> Support:
+        return cls(False, reason)
+
+
+class Backend(abc.ABC):
+    """One implementation of attention over a :class:`~hlip_kernels.pattern.Plan`.
+
+    Shapes: q, k, v, out and their gradients ``(R, H, D)``, last dimension contiguous; lse ``(H, R)`` in the statistics
+    dtype (float32, float64 for float64 input). Rows outside every record of the plan must come back 0.
+    """
+
+    name: str
+
+    @abc.abstractmethod
+    def supports(self, query: Query) -> Support:
+        """Whether this backend can run the query here and now, and why not."""
+
+    @abc.abstractmethod
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``softmax(scale * q k^T) v`` over the rows each record sees, and the log-sum-exp of its logits."""
+
+    @abc.abstractmethod
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Plan,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q, k and v. ``grad_lse`` is ``None`` when nothing used the log-sum-exp."""
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax statistics and accumulation for inputs of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

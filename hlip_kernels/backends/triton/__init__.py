@@ -1,0 +1,119 @@
+"""The Triton backend: launches the kernels of :mod:`.kernels` over the tiles of a plan.
+
+Importing this module never imports triton; the kernels are loaded on first use, so a machine without triton works.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import torch
+
+from ..base import Backend, Query, Support
+from .config import DTYPES, MAX_HEAD_DIM, config_for, padded_head_dim
+
+_LOG2_E = math.log2(math.e)
+
+
+def interpreted() -> bool:
+    """Whether triton runs its kernels in its CPU interpreter (``TRITON_INTERPRET=1``, set before triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "False")
+
+
+class TritonBackend(Backend):
+    name = "triton"
+
+    def supports(self, query: Query) -> Support:
+        if importlib.util.find_spec("triton") is None:
+            return Support.no("triton is not installed")
+        if query.device_type == "cpu":
+            if not interpreted():
+                return Support.no("needs a GPU (or TRITON_INTERPRET=1, triton's slow interpreter, for tests)")
+            if query.dtype == torch.bfloat16:
+                return Support.no("triton's CPU interpreter is wrong for bfloat16 products")
+        elif query.device_type != "cuda":
+            return Support.no(f"made for NVIDIA and AMD GPUs, not {query.device_type}")
+        elif query.capability is not None and query.capability < (8, 0):
+            return Support.no(f"needs compute capability 8.0, this GPU has {query.capability[0]}.{query.capability[1]}")
+        if query.dtype not in DTYPES:
+            return Support.no(f"takes float16, bfloat16 and float32, got {str(query.dtype).removeprefix('torch.')}")
+        if query.head_dim > MAX_HEAD_DIM:
+            return Support.no(f"head dim {query.head_dim} is larger than {MAX_HEAD_DIM}")
+        return Support.yes()
+
+    def forward(self, q, k, v, plan, scale):
+        from . import kernels
+
+        num_rows, heads, head_dim = q.shape
+        config = config_for("attention_forward", q.dtype, head_dim)
+        tiles, records = plan.tiles(config.block_m, q.device)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty((heads, num_rows), dtype=torch.float32, device=q.device)
+        _launch(
+            kernels.attention_forward, config, tiles, heads, head_dim, q.device,
+            q, k, v, out, lse, tiles, records,
+            *_strides(q, k, v, out), num_rows, scale * _LOG2_E,
+        )  # fmt: skip
+        return out, lse
+
+    def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale):
+        from . import kernels
+
+        num_rows, heads, head_dim = q.shape
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        delta = torch.empty_like(lse)
+        has_grad_lse = grad_lse is not None
+        if not has_grad_lse:
+            grad_lse = lse  # never read
+
+        config = config_for("attention_backward_dq", q.dtype, head_dim)
+        tiles, records = plan.tiles(config.block_m, q.device)
+        _launch(
+            kernels.attention_backward_dq, config, tiles, heads, head_dim, q.device,
+            q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
+            *_strides(q, k, v, out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *_strides(dq),
+            num_rows, scale, scale * _LOG2_E,
+            HAS_GRAD_LSE=has_grad_lse,
+        )  # fmt: skip
+
+        config = config_for("attention_backward_dkdv", q.dtype, head_dim)
+        tiles, records = plan.tiles(config.block_n, q.device, transposed=True)
+        _launch(
+            kernels.attention_backward_dkdv, config, tiles, heads, head_dim, q.device,
+            q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
+            *_strides(q, k, v, grad_out, dk, dv), num_rows, scale, scale * _LOG2_E,
+        )  # fmt: skip
+        return dq, dk, dv
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    """Row and head stride of each ``(R, H, D)`` tensor, in elements."""
+    return [stride for t in tensors for stride in t.stride()[:2]]
+
+
+def _launch(kernel, config, tiles, heads, head_dim, device, *args, **constants) -> None:
+    """One launch over real tiles only; none when there are none."""
+    if len(tiles) == 0:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else _nothing():
+        kernel[(len(tiles), heads)](
+            *args,
+            **constants,
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            PRECISION="ieee",
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+class _nothing:
+    def __enter__(self):
+        return None
+
+    def __exit__(self, *_):
+        return False

@@ -1,0 +1,136 @@
+"""Block-sparse hierarchical attention over packed rows: the public function and the ``hlip::attention`` op under it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import Query, choose, reference
+from ..backends.base import stats_dtype
+from ..layout import Layout
+from ..pattern import Plan
+from .checks import check_layout, check_rows
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    level: str,
+    *,
+    scale: float | None = None,
+    neighbours: int = 0,
+    summary: str | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product attention inside every segment of one level of a packed, ragged batch.
+
+    Each segment's queries (its patch rows and its ``P`` prefix rows) attend to the rows of the same segment; nothing is
+    padded, concatenated or copied. The attention of HLIP (arXiv 2505.21862) at one level of its hierarchy.
+
+    Args:
+        q, k, v: ``(R, H, D)``, same shape, dtype and device, ``R = layout.num_rows``. Any strides with a contiguous last
+            dimension: views of one packed ``(R, 3, H, D)`` projection are used where they are. float16, bfloat16,
+            float32; float64 on the ``reference`` and ``sdpa`` backends.
+        layout: the ragged shape, on the same device.
+        level: the name of the level to attend at.
+        scale: multiplies the logits; default ``D ** -0.5``.
+        neighbours: also see the patch and prefix rows of this many segments before and after, inside the same parent.
+        summary: a coarser level; also see the prefix rows of every sibling inside the same segment of that level.
+        backend: ``"auto"``, or one of ``hlip_kernels.backends.BACKENDS``; a named one never falls back.
+        return_lse: also return the natural log-sum-exp of the scaled logits.
+
+    Returns:
+        out ``(R, H, D)`` in the dtype of ``v``, contiguous. With ``return_lse`` also lse ``(H, R)``, float32 (float64 for
+        float64 input). Rows outside every segment are 0 in both. Both are differentiable: any
+        number of times on ``reference``, once on the others.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, stride, level or option, naming the argument. NotImplementedError: the
+            named backend cannot run this; the message lists every backend and its reason.
+    """
+    check_layout(layout, q, "q")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_rows(layout, t, name, ndim=3)
+        if t.stride(-1) != 1 and t.shape[-1] != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension (head dim); call .contiguous() on it")
+        if t.shape != q.shape:
+            raise ValueError(
+                f"q, k and v must have one shape (R, H, D): {name} differs from q in its number of heads or head dim"
+            )
+        if t.dtype != q.dtype or t.device != q.device:
+            raise ValueError(
+                f"q, k and v must share dtype and device: q is {q.dtype} on {q.device}, {name} is {t.dtype} on {t.device}"
+            )
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    pattern = layout.pattern(level, neighbours=neighbours, summary=summary)
+    if not torch.compiler.is_compiling():
+        choose(Query.of(q), backend)  # says no before the graph is built, with the reasons
+    if backend == "reference" and not torch.compiler.is_compiling():
+        out, lse = reference.attention(q, k, v, Plan.of(pattern), float(scale))  # plain autograd, any number of times
+    else:
+        out, lse = torch.ops.hlip.attention(q, k, v, pattern, float(scale), backend)
+    return (out, lse) if return_lse else out
+
+
+@torch.library.custom_op("hlip::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, pattern: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    if q.numel() == 0:
+        return _empty_outputs(q)
+    return choose(Query.of(q), backend).forward(q, k, v, Plan.of(pattern), scale)
+
+
+@_attention.register_fake
+def _(q, k, v, pattern, scale, backend):
+    return _empty_outputs(q)
+
+
+def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=stats_dtype(q.dtype))
+
+
+@torch.library.custom_op("hlip::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: Tensor,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.numel() == 0:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if grad_out.stride(-1) != 1:  # an expanded gradient, from .sum() say
+        grad_out = grad_out.contiguous()
+    return choose(Query.of(q), backend).backward(grad_out, grad_lse, q, k, v, out, lse, Plan.of(pattern), scale)
+
+
+@_attention_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, out, lse, pattern, scale, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, pattern, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output, pattern)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, pattern = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return None, None, None, None, None, None
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    dq, dk, dv = torch.ops.hlip.attention_backward(grad_out, grad_lse, q, k, v, out, lse, pattern, ctx.scale, ctx.backend)
+    return dq, dk, dv, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,226 @@
+"""Ragged volumes to normalised patch rows, straight from the stored dtype: ``hlip::patchify``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import native
+
+Shape = tuple[int, int, int]
+
+
+def patch_grids(shapes: Sequence[Shape], patch: Shape, *, edge: str = "pad") -> list[Shape]:
+    """Token grid ``(d, h, w)`` of each volume ``(D, H, W)``.
+
+    Args:
+        shapes: volume sizes in voxels.
+        patch: patch size ``(pd, ph, pw)`` in voxels.
+        edge: ``"pad"`` rounds up (voxels beyond the volume read as 0), ``"crop"`` rounds down (voxels beyond the last
+            whole patch are left out, as a strided convolution does).
+
+    Raises:
+        ValueError: a patch or volume size that is not three positive ints, or an unknown ``edge``.
+    """
+    if edge not in ("pad", "crop"):
+        raise ValueError(f"edge must be 'pad' or 'crop', got {edge!r}")
+    if len(patch) != 3 or any(int(p) != p or p < 1 for p in patch):
+        raise ValueError(f"patch must be three positive ints (pd, ph, pw), got {tuple(patch)!r}")
+    grids = []
+    for i, shape in enumerate(shapes):
+        if len(shape) != 3 or any(int(n) != n or n < 0 for n in shape):
+            raise ValueError(f"volume {i}: a shape is three ints (D, H, W) >= 0, got {tuple(shape)!r}")
+        grids.append(tuple(-(-int(n) // p) if edge == "pad" else int(n) // p for n, p in zip(shape, patch, strict=True)))
+    return grids
+
+
+def patchify(
+    volumes: Tensor | Sequence[Tensor],
+    patch: Shape,
+    *,
+    shapes: Sequence[Shape] | None = None,
+    mean: float = 0.0,
+    std: float = 1.0,
+    max_value: float | None = None,
+    edge: str = "pad",
+    dtype: torch.dtype = torch.float32,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Cuts single-channel volumes into patches and normalises them: ``(voxel / max_value - mean) / std``.
+
+    The rows come out in the order of a packed buffer: volume by volume, then depth, height, width. A row is flattened
+    ``(pd, ph, pw)``, so that ``rows @ conv.weight.flatten(1).T`` is a Conv3d with kernel = stride = patch.
+
+    Args:
+        volumes: a list of ``(D, H, W)`` tensors of one dtype and device, or all their voxels as one flat tensor with
+            ``shapes``. uint8, int16, float16, bfloat16, float32, float64.
+        patch: patch size ``(pd, ph, pw)`` in voxels.
+        shapes: sizes ``(D, H, W)`` of the volumes in a flat tensor.
+        mean, std: of the values in [0, 1].
+        max_value: the stored value that means 1; default 255 for uint8, else 1.
+        edge: ``"pad"`` or ``"crop"``; see :func:`patch_grids`.
+        dtype: of the result, floating point.
+        keep: int32 or int64 ``(T_kept,)``, on the device of the volumes: make only these patches (rows of the full result).
+
+    Returns:
+        ``(T, pd * ph * pw)`` of ``dtype``. Differentiable in floating-point volumes.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was expected.
+    """
+    if isinstance(volumes, Tensor):
+        if shapes is None or volumes.ndim != 1:
+            raise ValueError(
+                "volumes must be a list of (D, H, W) tensors, or one flat tensor together with shapes=[(D, H, W), ...]; "
+                f"got a tensor of {volumes.ndim} dimensions" + (" without shapes" if shapes is None else "")
+            )
+        voxels = volumes.contiguous()
+    else:
+        voxels, shapes = _flatten(volumes)
+    if voxels.dtype not in (*native.VOXEL_TYPES, torch.float64):
+        raise TypeError(f"volumes must be uint8, int16 or floating point, got {voxels.dtype}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
+    if std <= 0 or (max_value is not None and max_value <= 0):
+        raise ValueError(f"std and max_value must be positive, got std={std}, max_value={max_value}")
+    grids = patch_grids(shapes, patch, edge=edge)
+    table = _scan_table(shapes, grids)
+    total = sum(d * h * w for d, h, w in shapes)
+    if total != voxels.numel():
+        raise ValueError(f"shapes hold {total} voxels in all, volumes holds {voxels.numel()}")
+    num_patches = sum(d * h * w for d, h, w in grids)
+    if keep is not None:
+        if keep.ndim != 1 or keep.dtype not in (torch.int32, torch.int64) or keep.device != voxels.device:
+            raise ValueError(
+                f"keep must be int32 or int64 (T_kept,) on {voxels.device}, "
+                f"got {keep.dtype} {tuple(keep.shape)} on {keep.device}"
+            )
+        keep = keep.int()
+        num_patches = len(keep)
+    if max_value is None:
+        max_value = 255.0 if voxels.dtype == torch.uint8 else 1.0
+    return torch.ops.hlip.patchify(voxels, table, keep, num_patches, list(patch), 1.0 / (max_value * std), -mean / std, dtype)
+
+
+def _flatten(volumes: Sequence[Tensor]) -> tuple[Tensor, list[Shape]]:
+    volumes = list(volumes)
+    if not volumes:
+        raise ValueError("volumes is empty: pass at least one (D, H, W) tensor, or a flat tensor with shapes=[]")
+    for i, volume in enumerate(volumes):
+        if not isinstance(volume, Tensor) or volume.ndim != 3:
+            raise ValueError(f"volumes[{i}] must be a (D, H, W) tensor, got {getattr(volume, 'shape', type(volume))}")
+        if volume.dtype != volumes[0].dtype or volume.device != volumes[0].device:
+            raise ValueError(
+                f"volumes must share dtype and device: volumes[0] is {volumes[0].dtype} on {volumes[0].device}, "
+                f"volumes[{i}] is {volume.dtype} on {volume.device}"
+            )
+    flat = [volume.reshape(-1) for volume in volumes]
+    return (flat[0] if len(flat) == 1 else torch.cat(flat)), [tuple(volume.shape) for volume in volumes]
+
+
+def _scan_table(shapes: Sequence[Shape], grids: Sequence[Shape]) -> Tensor:
+    """int64 CPU ``(num_scans, 8)``: first voxel, D, H, W, grid d, h, w, first patch."""
+    table = np.zeros((len(shapes), 8), dtype=np.int64)
+    if len(shapes):
+        table[:, 1:4], table[:, 4:7] = shapes, grids
+        for column, sizes in ((0, table[:, 1:4]), (7, table[:, 4:7])):
+            volume = sizes.prod(axis=1)
+            table[:, column] = np.cumsum(volume) - volume
+    return torch.from_numpy(table)
+
+
+@torch.library.custom_op("hlip::patchify", mutates_args=())
+def _patchify(
+    voxels: Tensor, scans: Tensor, keep: Tensor | None, num_patches: int, patch: list[int],
+    scale: float, shift: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    if num_patches and native.usable(voxels, native.VOXEL_TYPES) and dtype in native.FLOAT_TYPES:
+        table = _live(scans).to(voxels.device, non_blocking=True)
+        return native.patchify(voxels, table, keep, num_patches, tuple(patch), scale, shift, dtype)
+    return torch_patchify(voxels, scans, keep, tuple(patch), scale, shift, dtype)
+
+
+@_patchify.register_fake
+def _(voxels, scans, keep, num_patches, patch, scale, shift, dtype):
+    return voxels.new_empty((num_patches, patch[0] * patch[1] * patch[2]), dtype=dtype)
+
+
+@torch.library.custom_op("hlip::patchify_backward", mutates_args=())
+def _patchify_backward(
+    grad: Tensor, scans: Tensor, keep: Tensor | None, num_voxels: int, patch: list[int], scale: float, dtype: torch.dtype
+) -> Tensor:
+    if len(grad) and native.usable(grad) and dtype in native.FLOAT_TYPES:
+        table = _live(scans).to(grad.device, non_blocking=True)
+        return native.patchify_backward(grad.contiguous(), table, keep, num_voxels, tuple(patch), scale, dtype)
+    return torch_patchify_backward(grad, scans, keep, num_voxels, tuple(patch), scale, dtype)
+
+
+@_patchify_backward.register_fake
+def _(grad, scans, keep, num_voxels, patch, scale, dtype):
+    return grad.new_empty((num_voxels,), dtype=dtype)
+
+
+def _live(scans: Tensor) -> Tensor:
+    """The scans that have patches: the kernel finds a patch's scan by bisection on first patches, which must differ."""
+    return scans[scans[:, 4:7].prod(dim=1) > 0]
+
+
+def torch_patchify(
+    voxels: Tensor, scans: Tensor, keep: Tensor | None, patch: Shape, scale: float, shift: float, dtype: torch.dtype
+) -> Tensor:
+    """The same in plain torch, one scan after the other."""
+    stats = torch.float64 if dtype == torch.float64 else torch.float32
+    pd, ph, pw = patch
+    rows = []
+    for first, d, h, w, gd, gh, gw, _ in scans.tolist():
+        volume = voxels[first : first + d * h * w].view(d, h, w)[: gd * pd, : gh * ph, : gw * pw]
+        missing = (gw * pw - volume.shape[2], gh * ph - volume.shape[1], gd * pd - volume.shape[0])
+        if any(missing):
+            volume = torch.nn.functional.pad(volume, (0, missing[0], 0, missing[1], 0, missing[2]))
+        patches = volume.view(gd, pd, gh, ph, gw, pw).permute(0, 2, 4, 1, 3, 5).reshape(gd * gh * gw, pd * ph * pw)
+        rows.append(patches)
+    if not rows:
+        return voxels.new_zeros((0, pd * ph * pw), dtype=dtype)
+    patches = torch.cat(rows)
+    if keep is not None:
+        patches = patches.index_select(0, keep)
+    return (patches.to(stats) * scale + shift).to(dtype)
+
+
+def torch_patchify_backward(
+    grad: Tensor, scans: Tensor, keep: Tensor | None, num_voxels: int, patch: Shape, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of :func:`torch_patchify` by the voxels, flat."""
+    stats = torch.float64 if dtype == torch.float64 else torch.float32
+    pd, ph, pw = patch
+    grad = (grad.to(stats) * scale).to(dtype)
+    if keep is not None:
+        total = int(scans[:, 4:7].prod(dim=1).sum())
+        grad = grad.new_zeros((total, grad.shape[1])).index_copy(0, keep.long(), grad)
+    out = grad.new_zeros((num_voxels,))
+    for first, d, h, w, gd, gh, gw, patch0 in scans.tolist():
+        rows = grad[patch0 : patch0 + gd * gh * gw].view(gd, gh, gw, pd, ph, pw).permute(0, 3, 1, 4, 2, 5)
+        volume = rows.reshape(gd * pd, gh * ph, gw * pw)[:d, :h, :w]
+        a, b, c = volume.shape
+        out[first : first + d * h * w].view(d, h, w)[:a, :b, :c] = volume
+    return out
+
+
+def _setup(ctx, inputs, output):
+    voxels, scans, keep, _, ctx.patch, ctx.scale, _, _ = inputs
+    ctx.num_voxels, ctx.dtype = voxels.shape[0], voxels.dtype
+    ctx.save_for_backward(scans, keep)
+
+
+def _backward(ctx, grad):
+    scans, keep = ctx.saved_tensors
+    grad_voxels = None
+    if ctx.needs_input_grad[0]:
+        grad_voxels = torch.ops.hlip.patchify_backward(grad, scans, keep, ctx.num_voxels, ctx.patch, ctx.scale, ctx.dtype)
+    return grad_voxels, None, None, None, None, None, None, None
+
+
+_patchify.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,137 @@
+"""From the prefix rows of one level to those of another, in place: ``hlip::switch_level``.
+
+Down: every child gets its parent's prefix. Up: a parent's prefix is the mean over all its children (the rule of HLIP,
+arXiv 2505.21862). Patch rows are neither read nor written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..layout import Layout
+from .checks import check_layout, check_rows
+
+
+def switch_level(x: Tensor, layout: Layout, old: str, new: str, *, inplace: bool = True) -> Tensor:
+    """Rewrites the tail of ``x`` from level ``old`` to level ``new`` and returns ``x``.
+
+    Autograd and ``torch.compile`` see a mutation of ``x``. Under gradient checkpointing, switch between the checkpointed
+    blocks: a block is recomputed from its input, which must be as it was. Mutating that input inside the block makes
+    torch raise in the backward pass; use ``inplace=False`` there.
+
+    Args:
+        x: packed rows ``(R, C)``, floating point, contiguous; not a leaf that requires a gradient.
+        layout: the ragged shape, on the device of ``x``.
+        old: the level whose prefix rows the tail holds.
+        new: the level whose prefix rows it shall hold. Equal to ``old``: nothing happens.
+        inplace: ``False`` works on a copy of all rows and leaves ``x`` as it is.
+
+    Returns:
+        ``x`` itself, or the copy: prefix rows of ``new``, then zeros to the end. A parent without children gets 0.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, stride or level.
+    """
+    check_layout(layout, x, "x")
+    check_rows(layout, x, "x", ndim=2)
+    low, high = layout.index(old), layout.index(new)
+    if not inplace:
+        x = x.clone(memory_format=torch.contiguous_format)
+    elif not x.is_contiguous():
+        raise ValueError("x must be contiguous: its tail is rewritten in place")
+    if low == high:
+        return x
+    up = low < high
+    child, parent = (old, new) if up else (new, old)
+    torch.ops.hlip.switch_level(
+        x, layout.children(child, parent), layout.parents(child, parent), layout.num_tokens, layout.num_prefix, up
+    )
+    return x
+
+
+@torch.library.custom_op("hlip::switch_level", mutates_args=("x",))
+def _switch_level(x: Tensor, children: Tensor, parents: Tensor, num_tokens: int, num_prefix: int, up: bool) -> None:
+    tail = x[num_tokens:]
+    if tail.numel():
+        tail.copy_(_tail(tail, children, parents, num_prefix, up, divide=up))
+
+
+@_switch_level.register_fake
+def _(x, children, parents, num_tokens, num_prefix, up):
+    return None
+
+
+@torch.library.custom_op("hlip::switch_level_backward", mutates_args=())
+def _switch_level_backward(
+    grad: Tensor, children: Tensor, parents: Tensor, num_tokens: int, num_prefix: int, up: bool
+) -> Tensor:
+    # A copy, because autograd may hand the same gradient to somebody else.
+    grad_x = grad.clone(memory_format=torch.contiguous_format)
+    tail = grad_x[num_tokens:]
+    if tail.numel():
+        # Transposed: the gradient of a mean is a divided broadcast, that of a broadcast is a sum.
+        tail.copy_(_tail(tail, children, parents, num_prefix, not up, divide=up))
+    return grad_x
+
+
+@_switch_level_backward.register_fake
+def _(grad, children, parents, num_tokens, num_prefix, up):
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+def _tail(source: Tensor, children: Tensor, parents: Tensor, num_prefix: int, up: bool, divide: bool) -> Tensor:
+    if native.usable(source):
+        return native.switch_tail(source, children, parents, num_prefix, up, divide)
+    return torch_switch_tail(source, children, parents, num_prefix, up, divide)
+
+
+def torch_switch_tail(source: Tensor, children: Tensor, parents: Tensor, num_prefix: int, up: bool, divide: bool) -> Tensor:
+    """Prefix rows (tail rows, C) of one level -> those of another, in plain torch, on any device, without synchronising.
+
+    ``up``: the sum over each parent's children; down: each child's parent. ``divide``: over the number of children.
+    """
+    stats = torch.float64 if source.dtype == torch.float64 else torch.float32
+    result = torch.zeros_like(source)
+    num_parents, num_children, channels = len(children) - 1, len(parents), source.shape[1]
+    counts = children.diff().clamp(min=1)[:, None]
+    live_parents, live_children = num_parents * num_prefix, num_children * num_prefix
+    if live_parents == 0 or live_children == 0 or channels == 0:
+        return result
+    if up:
+        rows = source[:live_children].to(stats).view(num_children, num_prefix * channels)
+        sums = torch.segment_reduce(rows, "sum", offsets=children.long(), axis=0, initial=0.0)
+        if divide:
+            sums = sums / counts
+        result[:live_parents] = sums.view(live_parents, channels)
+    else:
+        rows = source[:live_parents].to(stats).view(num_parents, num_prefix * channels)
+        if divide:
+            rows = rows / counts
+        result[:live_children] = rows.index_select(0, parents).view(live_children, channels)
+    return result
+
+
+class _SwitchLevel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, children, parents, num_tokens, num_prefix, up):
+        with torch._C._AutoDispatchBelowAutograd():
+            torch.ops.hlip.switch_level.default(x, children, parents, num_tokens, num_prefix, up)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(children, parents)
+        ctx.sizes = num_tokens, num_prefix, up
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.hlip.switch_level_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None, None
+
+
+def _autograd(x, children, parents, num_tokens, num_prefix, up):
+    _SwitchLevel.apply(x, children, parents, num_tokens, num_prefix, up)
+
+
+# torch.library.register_autograd takes functional ops only; an op that mutates gets its autograd kernel directly.
+_library = torch.library.Library("hlip", "FRAGMENT")
+_library.impl("switch_level", _autograd, "Autograd", allow_override=True)

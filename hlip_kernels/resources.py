@@ -1,0 +1,190 @@
+"""What the compiler makes of every shipped Triton kernel: registers, shared memory, spills, tensor-core instructions.
+
+    python -m hlip_kernels.resources                     # every kernel, dtype, head dim, architecture
+    python -m hlip_kernels.resources --arch sm_90 --head-dim 64 --json out.json
+
+Needs no GPU: kernels are compiled for a named target, and the figures are read out of the machine code with the tools
+that triton ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .backends.triton.config import DTYPES, KERNELS, Config, config_for, padded_head_dim
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 128)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A compile target and its limits.
+
+    Attributes:
+        shared_memory: bytes of shared memory (LDS) one block may use.
+        registers: registers one thread may use.
+        matrix: regular expression of its matrix instructions in the disassembly.
+    """
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_memory: int
+    registers: int
+    matrix: str
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture("cuda", 80, 32, 166912, 255, r"\bHMMA\."),
+    "sm_90": Architecture("cuda", 90, 32, 232448, 255, r"\bHGMMA\."),
+    "sm_100": Architecture("cuda", 100, 32, 232448, 255, r"\bUTC\w*MMA\b|\bHMMA\."),
+    "gfx942": Architecture("hip", "gfx942", 64, 65536, 512, r"\bv_mfma_"),
+}
+# The smallest limit among the NVIDIA chips we claim (sm_86, sm_89, sm_120): 99 KB.
+SMALLEST_SHARED_MEMORY = 101376
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Figures of one compiled kernel; ``spill_bytes`` is local memory (stack) per thread."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    arch: str
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    shared_memory: int
+    spill_bytes: int
+    matrix_instructions: int
+
+
+def compile_kernel(kernel: str, dtype: torch.dtype, head_dim: int, arch: str, config: Config | None = None) -> Resources:
+    """Compiles one kernel for one architecture and reads its figures."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from .backends.triton import interpreted, kernels
+
+    if interpreted():
+        raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process, unset it")
+    target = ARCHITECTURES[arch]
+    config = config or config_for(kernel, dtype, head_dim, amd=target.backend == "hip")
+    function = getattr(kernels, kernel)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "PRECISION": "ieee",
+    }
+    if "HAS_GRAD_LSE" in function.arg_names:
+        constants["HAS_GRAD_LSE"] = False
+    signature, attributes = {}, {}
+    for i, name in enumerate(function.arg_names):
+        signature[name] = "constexpr" if name in constants else _argument_type(name, dtype)
+        # As at launch: addresses and strides of real tensors are multiples of 16.
+        if signature[name].startswith("*") or name.endswith(("_row", "_head")):
+            attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constants, attributes)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget(target.backend, target.arch, target.warp_size),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+    if target.backend == "cuda":
+        registers, spills, matrix = _read_cubin(compiled.asm["cubin"], target)
+    else:
+        registers, spills, matrix = _read_amdgcn(compiled.asm["amdgcn"], target)
+    return Resources(
+        kernel, str(dtype).removeprefix("torch."), head_dim, arch,
+        config.block_m, config.block_n, config.num_warps, config.num_stages,
+        registers, compiled.metadata.shared, spills, matrix,
+    )  # fmt: skip
+
+
+def _argument_type(name: str, dtype: torch.dtype) -> str:
+    element = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    if name in ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"):
+        return f"*{element}"
+    if name in ("lse", "grad_lse", "delta"):
+        return "*fp32"
+    if name in ("tiles", "records"):
+        return "*i32"
+    return "fp32" if name.startswith("scale") else "i32"
+
+
+def _read_cubin(cubin: bytes, target: Architecture) -> tuple[int, int, int]:
+    """(registers, local memory bytes, matrix instructions) of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _run("cuobjdump", "--dump-resource-usage", path)
+        sass = _run("nvdisasm", "-c", path)
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    local = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
+    return registers, local, len(re.findall(target.matrix, sass))
+
+
+def _run(tool: str, *arguments) -> str:
+    """Runs one of the CUDA binaries in triton's own folder."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _read_amdgcn(assembly: str, target: Architecture) -> tuple[int, int, int]:
+    """(vector registers, private memory bytes, matrix instructions) of AMD assembly."""
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly).group(1))
+    private = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly).group(1))
+    return registers, private, len(re.findall(target.matrix, assembly))
+
+
+def compile_all(archs, dtypes, head_dims, kernels=KERNELS):
+    """Yields the :class:`Resources` of every combination."""
+    for arch in archs:
+        for dtype in dtypes:
+            for head_dim in head_dims:
+                for kernel in kernels:
+                    yield compile_kernel(kernel, dtype, head_dim, arch)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hlip_kernels.resources", description=__doc__.split("\n\n")[0])
+    names = {str(d).removeprefix("torch."): d for d in DTYPES}
+    parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    parser.add_argument("--dtype", nargs="+", choices=list(names), default=list(names))
+    parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args(argv)
+    rows = []
+    print("kernel                  dtype    D    arch    tile     warps stages  regs  shared  spill  matrix")
+    for r in compile_all(args.arch, [names[d] for d in args.dtype], args.head_dim, args.kernel):
+        rows.append(asdict(r))
+        print(
+            f"{r.kernel:23} {r.dtype:8} {r.head_dim:<4} {r.arch:7} {r.block_m:>3}x{r.block_n:<4} {r.num_warps:>5} "
+            f"{r.num_stages:>6} {r.registers:>5} {r.shared_memory:>7} {r.spill_bytes:>6} {r.matrix_instructions:>7}",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
