@@ -38,6 +38,11 @@ def architectures() -> tuple[str, ...]:
     return () if _C is None else tuple(_C.architectures.split())
 
 
+def nvcc_version() -> str:
+    """The compiler the extension was built with; empty without the extension."""
+    return "" if _C is None else _C.nvcc_version
+
+
 def usable(x: Tensor, types: tuple[torch.dtype, ...] = FLOAT_TYPES) -> bool:
     """Whether the CUDA kernels should take ``x``."""
     return _C is not None and x.is_cuda and torch.version.hip is None and x.dtype in types

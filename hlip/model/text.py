@@ -1,0 +1,109 @@
+"""The text tower (open_clip's Hugging Face encoder) and its tokenizer, from the hub, a local folder, or nothing at all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .variants import Variant
+
+# A BERT that learns in minutes on a CPU: for demos and tests.
+TINY_BERT = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 256,
+    "vocab_size": 1024,
+}
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def text_tower(config: Variant, text: str | Path | Mapping, *, pretrained: bool = False) -> nn.Module:
+    """open_clip's ``HFTextEncoder``: a BERT, the last hidden state of ``[CLS]``, and a linear projection without bias.
+
+    Args:
+        config: gives the output dimension and the published text model.
+        text: ``"published"``, a folder, a Hugging Face id, or a mapping of ``BertConfig`` fields; see ``create_model``.
+        pretrained: also load the weights of that model.
+    """
+    from open_clip.hf_model import HFTextEncoder
+
+    options = {
+        "output_dim": config.embed_dim,
+        "pooler_type": "cls_last_hidden_state_pooler",
+        "proj_type": "linear",
+        "pretrained": pretrained,
+    }
+    if pretrained and text == "published":
+        return HFTextEncoder(config.text_model, **options)
+    if isinstance(text, Mapping) or text == "published":
+        if pretrained:
+            raise ValueError("text_pretrained needs a text model with weights: a folder or a Hugging Face id")
+        from transformers import BertConfig
+
+        # Both published text models have the shape of BERT base; written out, so that nothing is downloaded.
+        with tempfile.TemporaryDirectory() as folder:
+            BertConfig(**({} if text == "published" else text)).save_pretrained(folder)
+            return HFTextEncoder(folder, **options)
+    return HFTextEncoder(str(text), **options)
+
+
+class Tokenizer:
+    """Text to token ids ``(N, L)`` int64, padded to the longest text of the call and cut at ``context_length``.
+
+    Args:
+        source: a folder with a tokenizer, or a Hugging Face id.
+        context_length: the most tokens of one text, special ones included.
+    """
+
+    def __init__(self, source: str | Path, context_length: int = 256):
+        from transformers import AutoTokenizer
+
+        self.source, self.context_length = str(source), context_length
+        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return torch.empty((0, 1), dtype=torch.int64)
+        return self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.context_length, return_tensors="pt"
+        ).input_ids
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files into a folder, from where it loads again."""
+        self.tokenizer.save_pretrained(str(folder))
+
+
+def train_tokenizer(
+    texts: Iterable[str], folder: str | Path, *, vocab_size: int = 1024, context_length: int = 256
+) -> Tokenizer:
+    """A lower-case WordPiece tokenizer learnt from one's own reports, saved into ``folder``. Needs no network.
+
+    Raises:
+        ValueError: there is no text to learn from.
+    """
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    texts = list(texts)
+    if not any(text.strip() for text in texts):
+        raise ValueError("no text to learn a tokenizer from: all reports are empty")
+    learnt = BertWordPieceTokenizer(lowercase=True)
+    learnt.train_from_iterator(
+        texts, vocab_size=vocab_size, min_frequency=1, special_tokens=list(_SPECIAL), show_progress=False
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fast = BertTokenizerFast(tokenizer_object=learnt._tokenizer, do_lower_case=True)
+    fast.save_pretrained(str(folder))
+    return Tokenizer(folder, context_length)
