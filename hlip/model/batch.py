@@ -85,4 +85,5 @@ class StudyBatch:
     def __repr__(self) -> str:
         scans = [len(study) for study in self.shapes]
         span = f"{min(scans)} to {max(scans)}" if scans else "0"
-        return f"StudyBatch({len(self)} studies of {span} scans, {self.voxels.numel()} {self.voxels.dtype} voxels on {self.voxels.device})"
+        voxels = f"{self.voxels.numel()} {self.voxels.dtype} voxels on {self.voxels.device}"
+        return f"StudyBatch({len(self)} studies of {span} scans, {voxels})"

@@ -99,6 +99,10 @@ class HLIPEncoder(nn.Module):
         layout = Layout.from_grids(nested, num_prefix=self.num_prefix, row_multiple=ROW_MULTIPLE)
         return layout.to(batch.voxels.device)
 
+    def num_tokens(self, batch: StudyBatch) -> int:
+        """Patch tokens of a batch before patch dropout."""
+        return sum(d * h * w for d, h, w in patch_grids(batch.scan_shapes, self.config.patch_size, edge=batch.edge))
+
     def embed(self, batch: StudyBatch) -> tuple[Tensor, Layout]:
         """Patches, positions, patch dropout and prefix tokens: packed rows ``(R, C)`` at the first block's level."""
         full = layout = self.layout(batch)

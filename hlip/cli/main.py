@@ -1,0 +1,143 @@
+"""Parses arguments and hands over to one function per command. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+DESCRIPTION = """\
+HLIP: a vision-language model on whole CT and MRI studies.
+
+A study is one visit of one patient: a folder with DICOM series or NIfTI files, as many scans as there are, each with its own
+number of slices. Nothing has to be curated, padded or resampled beforehand."""
+
+DETAILS = """\
+examples:
+  hlip info  patient-17/                       what is in this study, and what the model would see of it
+  hlip demo                                    train on simulated studies and show what was learnt (minutes, CPU)
+  hlip train --config train.yaml               train on your own studies and reports
+  hlip evaluate runs/mine --studies test/ --labels labels.csv --prompts prompts.yaml
+  hlip embed patient-*/ --run runs/mine --out features.npz
+
+'hlip COMMAND --help' explains each command. Not a medical device: not for diagnosis."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status (0 good, 1 nothing could be done, 2 bad usage)."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return args.run_command(args)
+    except (FileNotFoundError, ValueError, ImportError) as error:
+        # What people can mend comes as a line, not as a traceback.
+        print(f"hlip {args.command}: {_reason(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nhlip {args.command}: stopped", file=sys.stderr)
+        return 130
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"the package '{error.name}' is needed: pip install 'hlip-kernels[all]'"
+    return str(error)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="hlip", description=DESCRIPTION, epilog=DETAILS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = _command(commands, "info", "say what is in a study: scans, slices, spacing, tokens", _info)
+    p.add_argument("paths", nargs="*", metavar="PATH", help="a study's folder or file; or a folder of studies")
+    p.add_argument("--model", default="clip-vit_base-scan_study-dualdinotxt1568", help="count tokens for this published model")
+    p.add_argument("--preset", default="auto", help="how scans are prepared (default: guessed from the study)")
+    p.add_argument("--presets", action="store_true", help="list the presets and stop")
+
+    p = _command(commands, "embed", "turn studies into vectors", _embed)
+    p.add_argument("paths", nargs="+", metavar="PATH", help="studies' folders or files; or folders of studies")
+    p.add_argument("--run", required=True, help="a trained run's folder, e.g. runs/demo")
+    p.add_argument(
+        "--out", default="features.npz", help="file to write: arrays 'studies' and 'features' (default: %(default)s)"
+    )
+    p.add_argument("--preset", default="auto", help="how scans are prepared (default: guessed per study)")
+    p.add_argument("--prompts", help="also score the studies: a benchmark's name or a YAML file")
+    _device(p)
+
+    p = _command(commands, "evaluate", "score studies against sentences, and the scores against labels", _evaluate)
+    p.add_argument("run", help="a trained run's folder")
+    p.add_argument("--studies", help="a folder of studies (default: the run's own validation studies)")
+    p.add_argument("--labels", help="CSV with a column 'study' and one of 0 and 1 for each class")
+    p.add_argument("--prompts", help="a benchmark's name or a YAML file of classes and templates")
+    p.add_argument("--preset", default="auto", help="how scans are prepared (default: guessed per study)")
+    _device(p)
+
+    p = _command(commands, "train", "train a model on studies and their reports", _train)
+    p.add_argument("--config", required=True, help="a YAML file; examples/train.yaml explains every field")
+    p.add_argument("--resume", action="store_true", help="go on where an interrupted run of this config stopped")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a field, e.g. --set data.workers=4 (repeatable)",
+    )
+
+    p = _command(commands, "demo", "train on simulated studies, show what was learnt", _demo)
+    p.add_argument("--run", default="runs/demo", help="folder to write (default: %(default)s)")
+    p.add_argument("--minutes", type=float, default=None, help="training time (default: as in the demo's config)")
+    return top
+
+
+def _command(commands, name: str, what: str, function) -> argparse.ArgumentParser:
+    p = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    p.set_defaults(run_command=function)
+    return p
+
+
+def _device(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def _info(args) -> int:
+    from .info import info
+
+    return info(args)
+
+
+def _embed(args) -> int:
+    from .embed import embed
+
+    return embed(args)
+
+
+def _evaluate(args) -> int:
+    from .embed import evaluate
+
+    return evaluate(args)
+
+
+def _train(args) -> int:
+    import yaml
+
+    from ..train import load_config, train
+
+    overrides = {}
+    for item in args.set:
+        name, found, value = item.partition("=")
+        if not found:
+            raise ValueError(f"--set takes NAME=VALUE, got {item!r}")
+        overrides[name] = yaml.safe_load(value)
+    metrics = train(load_config(args.config, overrides), resume=args.resume)
+    if metrics is not None:
+        print(metrics.table())
+    return 0
+
+
+def _demo(args) -> int:
+    from ..demo import demo
+
+    return demo(args.run, minutes=args.minutes)

@@ -1,0 +1,66 @@
+"""Which patches speak for a sentence: relevance maps over a study's scans.
+
+Gradient times activation (Grad-CAM's idea, arXiv 1610.02391) at the input of one block: the share each patch token has, to
+first order, in the cosine between the study and the sentence. It takes one forward and one backward pass and memory linear
+in the number of tokens, unlike attention roll-out, which needs a dense matrix over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hlip_kernels import switch_level
+
+from .model import HLIP, StudyBatch
+
+
+def relevance(model: HLIP, scans: Sequence[Tensor], text_feature: Tensor, *, block: int = -1, **batch) -> list[Tensor]:
+    """Relevance of every voxel of one study for a text.
+
+    Args:
+        model: in evaluation mode.
+        scans: the prepared scans ``(D, H, W)`` of one study.
+        text_feature: ``(D_embed,)``, e.g. one row of :attr:`hlip.evaluate.Classifier.weights`, or the difference of two.
+        block: at whose input patches are judged; negative counts from the last.
+        batch: options of :meth:`hlip.model.StudyBatch.pack`.
+
+    Returns:
+        For each scan float32 ``(D, H, W)`` on the CPU, at least 0, 1 at the study's most relevant place. All zeros if no
+        patch speaks for the text.
+    """
+    trunk = model.visual.trunk
+    images = StudyBatch.pack([list(scans)], **batch).to(trunk.spatial_posemb.device)
+    levels = [*trunk.config.levels, "study"]
+    block %= len(trunk.blocks)
+    with torch.no_grad():
+        x, layout = trunk.embed(images)
+        for i in range(block):
+            x = switch_level(trunk.blocks[i](x, layout), layout, levels[i], levels[i + 1])
+    with torch.enable_grad():
+        start = x.detach().requires_grad_()
+        y = start
+        for i in range(block, len(trunk.blocks)):
+            y = switch_level(trunk.blocks[i](y, layout), layout, levels[i], levels[i + 1])
+        features = model.visual.head(trunk.pool(trunk.norm(y), layout))[0, 0]
+        score = F.cosine_similarity(features, text_feature.to(features), dim=0)
+        (gradient,) = torch.autograd.grad(score, start)
+    share = (start.detach() * gradient).sum(dim=1)[: layout.num_tokens].float().clamp(min=0).cpu()
+    maps, first = [], 0
+    for scan, (d, h, w) in zip(scans, layout.grids[0], strict=True):
+        grid = share[first : first + d * h * w].view(1, 1, d, h, w)
+        first += d * h * w
+        maps.append(_to_voxels(grid, tuple(scan.shape), trunk.config.patch_size))
+    highest = max((float(m.max()) for m in maps if m.numel()), default=0.0)
+    return [m / highest for m in maps] if highest > 0 else maps
+
+
+def _to_voxels(grid: Tensor, shape: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+    """``(1, 1, d, h, w)`` -> ``(D, H, W)``: every patch's value spread smoothly over its voxels; the padding cut off."""
+    if grid.numel() == 0:
+        return torch.zeros(shape)
+    size = [n * p for n, p in zip(grid.shape[2:], patch, strict=True)]
+    return F.interpolate(grid, size=size, mode="trilinear", align_corners=False)[0, 0, : shape[0], : shape[1], : shape[2]]

@@ -1,0 +1,238 @@
+"""The training config: plain dataclasses, read from YAML, every field with a default and a meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class DataConfig:
+    """Where studies come from.
+
+    Attributes:
+        train, valid: a folder with one sub-folder per study, or ``simulated``.
+        reports: a CSV with columns ``study`` and ``report`` (one row per sentence or per report). Without it, each study
+            folder holds ``report.txt``.
+        labels: a CSV with a column ``study`` and one column of 0 and 1 per class, for zero-shot evaluation on ``valid``.
+        preset: how scans are prepared (``hlip info --presets`` lists them), or ``auto``.
+        cache: a folder for prepared scans, so that they are read and resampled once.
+        max_scans: keep a random choice of at most this many scans of a study in training; 0 keeps all.
+        num_train, num_valid, image_size, min_scans, max_scans_simulated, min_slices, max_slices: of simulated studies.
+        workers: loader processes.
+    """
+
+    train: str = "simulated"
+    valid: str = ""
+    reports: str = ""
+    labels: str = ""
+    preset: str = "auto"
+    cache: str = ""
+    max_scans: int = 0
+    workers: int = 1
+    num_train: int = 2000
+    num_valid: int = 200
+    image_size: int = 96
+    min_scans: int = 2
+    max_scans_simulated: int = 5
+    min_slices: int = 6
+    max_slices: int = 20
+
+
+@dataclass
+class ModelConfig:
+    """What is trained.
+
+    Attributes:
+        name: a published model, or empty for a model of the shape below.
+        image_size, patch_size, width, heads, levels, prefix, pool, drop_path, embed_dim: see
+            :class:`hlip.model.variants.Encoder`.
+        text: ``published``, ``tiny``, a folder, or a Hugging Face id.
+        text_pretrained: start from the text model's own weights.
+        tokenizer: a folder or Hugging Face id; empty: the one of ``text``, or for ``tiny`` learnt from the training reports.
+        context_length: most tokens of a text; 0 takes the model's.
+        lock_text: freeze the text transformer except its layer norms.
+        mae: a 2-D MAE ViT's weights to start the encoder from.
+        checkpoint: weights to start from.
+        patch_dropout: share of patch tokens left out in training.
+        loss: ``clip``, ``siglip`` or ``dual``; empty: ``dual`` for models with two prefix tokens, else ``clip``.
+        grad_checkpointing: recompute blocks instead of keeping activations.
+        backend: of the attention kernels.
+    """
+
+    name: str = ""
+    image_size: tuple[int, int, int] = (24, 96, 96)
+    patch_size: tuple[int, int, int] = (4, 16, 16)
+    width: int = 192
+    heads: int = 3
+    levels: tuple[str, ...] = ("slice", "scan", "study") * 2
+    prefix: tuple[str, ...] = ("cls", "reg")
+    pool: str = "dinotxt"
+    drop_path: float = 0.0
+    embed_dim: int = 128
+    text: str = "tiny"
+    text_pretrained: bool = False
+    tokenizer: str = ""
+    context_length: int = 0
+    lock_text: bool = False
+    mae: str = ""
+    checkpoint: str = ""
+    patch_dropout: float = 0.0
+    loss: str = ""
+    grad_checkpointing: bool = False
+    backend: str = "auto"
+
+
+@dataclass
+class TrainConfig:
+    """Everything a run needs; ``run`` is the folder it writes.
+
+    Attributes:
+        epochs, batch_size: studies per step and process, before ``accumulate``.
+        accumulate: micro-batches whose studies form one contrastive batch (exact, at the price of a second forward pass).
+        lr, weight_decay, beta1, beta2, eps: of AdamW.
+        warmup: steps of linear warm-up (below 1: a share of all); then the rate falls along half a cosine.
+        clip_grad: largest gradient norm; 0 for none.
+        precision: ``fp32`` or ``bf16``.
+        text_mode: what a study is matched with: ``report`` (all sentences, shuffled) or ``sentence`` (one at random). The
+            dual loss takes both.
+        prompt: starts every text.
+        max_minutes: stop in time, after finishing the step, evaluating and saving; 0 for no limit.
+        evaluate_every: epochs between zero-shot evaluations; 0 for only at the end.
+        prompts: a benchmark's name or a YAML file; for simulated studies their own.
+        seed: of everything.
+    """
+
+    run: str = "runs/latest"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    epochs: int = 10
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 3e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    clip_grad: float = 0.0
+    precision: str = "fp32"
+    text_mode: str = "report"
+    prompt: str = "This study shows: "
+    max_minutes: float = 0.0
+    evaluate_every: int = 1
+    prompts: str = ""
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raises ValueError for values that make no sense, naming the field."""
+        checks = {
+            "epochs": self.epochs >= 1,
+            "batch_size": self.batch_size >= 2,
+            "accumulate": self.accumulate >= 1,
+            "lr": self.lr > 0,
+            "precision": self.precision in ("fp32", "bf16"),
+            "text_mode": self.text_mode in ("report", "sentence"),
+            "model.loss": self.model.loss in ("", "clip", "siglip", "dual"),
+            "model.patch_dropout": 0 <= self.model.patch_dropout < 1,
+            "data.workers": self.data.workers >= 0,
+        }
+        wrong = [name for name, ok in checks.items() if not ok]
+        if wrong:
+            values = ", ".join(f"{name} = {_get(self, name)!r}" for name in wrong)
+            raise ValueError(f"config: {values} cannot be; batch_size needs at least 2 (contrast), precision is fp32 or bf16, "
+                             "text_mode is report or sentence, loss is clip, siglip or dual")  # fmt: skip
+
+    def to_dict(self) -> dict:
+        """Plain data, for YAML."""
+        return _plain(dataclasses.asdict(self))
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """A config from a YAML file.
+
+    Args:
+        path: the file.
+        overrides: dotted names to values, e.g. ``{"data.workers": 2}``; they win.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not YAML, an unknown field (the message offers the known ones), or a
+            value of the wrong type.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    return config_from(values, overrides, source=str(path))
+
+
+def config_from(values: Mapping, overrides: Mapping[str, Any] | None = None, *, source: str = "config") -> TrainConfig:
+    """A config from plain data; see :func:`load_config`."""
+    values = _copy(values, source)
+    for name, value in (overrides or {}).items():
+        *parents, last = name.split(".")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    config = _build(TrainConfig, values, source)
+    config.validate()
+    return config
+
+
+def _copy(values: Any, source: str) -> dict:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{source}: expected names and values, got {type(values).__name__}")
+    return {k: _copy(v, source) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _build(kind: type, values: Mapping, source: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(f"{source}: unknown field(s) {', '.join(sorted(map(str, unknown)))}; known: {', '.join(hints)}")
+    return kind(**{name: _convert(hints[name], value, f"{source}: {name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, _copy(value, where), where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        element = typing.get_args(hint)[0]
+        length = None if typing.get_args(hint)[-1] is Ellipsis else len(typing.get_args(hint))
+        if length is not None and len(value) != length:
+            raise ValueError(f"{where} must have {length} entries, got {len(value)}")
+        return tuple(_convert(element, v, where) for v in value)
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 3e-4 as a string
+        except ValueError:
+            pass
+    if hint is str and value is None:
+        return ""
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _get(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config

@@ -1,0 +1,338 @@
+"""The training loop: accelerate for devices and precision, everything else in the open."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..evaluate import Benchmark, Metrics, benchmark
+from ..losses import ContrastiveLoss
+from ..model import HLIP, Tokenizer, load_checkpoint, load_mae, train_tokenizer
+from .config import TrainConfig
+from .examples import Batch, Collate, FolderStudies, SimulatedExamples, read_labels, seed_worker
+from .run import build_model, context_length, load_state, loss_kind, save_state, save_weights
+from .step import contrastive_step
+from .validate import Validation
+
+log = logging.getLogger(__name__)
+
+
+class ShardedShuffle(Sampler):
+    """A seeded shuffle of all examples per epoch, dealt out evenly to the processes; can start in the middle of an epoch."""
+
+    def __init__(self, size: int, *, seed: int, rank: int, world_size: int):
+        self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
+        self.epoch, self.skip = 0, 0
+
+    def __len__(self) -> int:
+        return self.size // self.world_size - self.skip
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        mine = order[self.rank : self.size - self.size % self.world_size : self.world_size]
+        yield from mine[self.skip :]
+
+
+def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> Metrics | None:
+    """Trains a model and writes a run folder (see :mod:`hlip.train.run`).
+
+    Args:
+        config: everything.
+        resume: go on from the folder's last saved state, if there is one.
+        progress: show a progress bar.
+
+    Returns:
+        The last zero-shot metrics, or ``None`` when there was nothing to evaluate on.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    config.validate()
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    set_seed(config.seed, device_specific=True)
+    folder = Path(config.run)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+    dataset, validation_set, prompts = make_datasets(config)
+    if accelerator.is_main_process:
+        make_tokenizer(config, dataset)
+    accelerator.wait_for_everyone()
+    tokenizer = open_tokenizer(config)
+    model = build_model(config.model, vocab_size=tokenizer.vocab_size)
+    if config.model.mae:
+        load_mae(model.visual.trunk, config.model.mae)
+    if config.model.checkpoint:
+        load_checkpoint(model, config.model.checkpoint)
+    trainer = Trainer(config, accelerator, model, tokenizer, dataset, Validation.make(validation_set, prompts, config))
+    if resume:
+        trainer.resume()
+    return trainer.run(progress=progress)
+
+
+class Trainer:
+    """One run. ``train`` makes it; use it directly to train a model or data of your own.
+
+    Args:
+        config: of the run. accelerator: ``accelerate.Accelerator``. model, tokenizer: matching.
+        dataset: of :class:`hlip.train.examples.Example`. validation: what to evaluate on, or ``None``.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator, model: HLIP, tokenizer: Tokenizer, dataset: Dataset, validation):
+        self.config, self.accelerator, self.tokenizer, self.validation = config, accelerator, tokenizer, validation
+        self.kind = loss_kind(config.model)
+        ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        self.loss = ContrastiveLoss(self.kind, **ranks)
+        self.sampler = ShardedShuffle(len(dataset), seed=config.seed, **ranks)
+        modes = ("sentence", "report") if self.kind == "dual" else (config.text_mode,)
+        self.loader = DataLoader(
+            dataset,
+            batch_size=config.batch_size,
+            sampler=self.sampler,
+            drop_last=True,
+            num_workers=config.data.workers,
+            collate_fn=Collate(tokenizer, modes, config.prompt),
+            worker_init_fn=seed_worker,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        self.per_step = config.batch_size * config.accumulate
+        self.steps_per_epoch = len(dataset) // accelerator.num_processes // self.per_step
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"{len(dataset)} studies on {accelerator.num_processes} process(es) do not fill one batch of {self.per_step} "
+                "(batch_size * accumulate): lower batch_size or add studies"
+            )
+        self.total_steps = config.epochs * self.steps_per_epoch
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.step, self.seconds = 0, 0.0
+        self.folder = Path(config.run)
+        self.writer = None
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self, *, progress: bool = True) -> Metrics | None:
+        """Trains to the end (or to ``max_minutes``), evaluating and saving on the way."""
+        from tqdm import tqdm
+
+        main = self.accelerator.is_main_process
+        if main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not (progress and main))
+        metrics, evaluated, started = None, -1, time.monotonic() - self.seconds
+        try:
+            while self.step < self.total_steps and not self._late():
+                epoch = self.step // self.steps_per_epoch
+                self.sampler.epoch, self.sampler.skip = epoch, self.step % self.steps_per_epoch * self.per_step
+                for batches in self._micro_batches():
+                    tic = time.monotonic()
+                    loss = self.train_step(batches)
+                    self.step += 1
+                    self.seconds = time.monotonic() - started
+                    self._show(bar, batches, loss, time.monotonic() - tic)
+                    if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps or self._late():
+                        break
+                every = self.config.evaluate_every
+                if every and self.step % (every * self.steps_per_epoch) == 0:
+                    metrics, evaluated = self.evaluate(bar), self.step
+                self.save()
+            if evaluated != self.step:
+                metrics = self.evaluate(bar)
+            self.save()
+        finally:
+            bar.close()
+            if self.writer is not None:
+                self.writer.close()
+        return metrics
+
+    def train_step(self, batches: list[Batch]) -> float:
+        """One optimiser step on one or more micro-batches; returns the loss."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.total_steps, self.config)
+        with self.accelerator.autocast():
+            loss = contrastive_step(
+                self.model, batches, self.loss, self.accelerator.backward,
+                dual=self.kind == "dual", no_sync=self.accelerator.no_sync,
+            )  # fmt: skip
+        if self.config.clip_grad > 0:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        value = float(loss)
+        if math.isfinite(value):
+            self.optimizer.step()
+        else:
+            log.warning("step %d: the loss is %s; the step is skipped (studies: %s)", self.step, value,
+                        ", ".join(name for b in batches for name in b.names[:4]))  # fmt: skip
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.unwrap_model(self.model).clamp_scales()
+        return value
+
+    def _micro_batches(self) -> Iterator[list[Batch]]:
+        group = []
+        for batch in self.loader:
+            group.append(batch.to(self.accelerator.device))
+            if len(group) == self.config.accumulate:
+                yield group
+                group = []
+
+    def _late(self) -> bool:
+        """Whether time is up, by the main process's clock: all processes must stop at the same step."""
+        if not self.config.max_minutes:
+            return False
+        late = torch.tensor(float(self.seconds >= self.config.max_minutes * 60), device=self.accelerator.device)
+        return bool(self.accelerator.gather(late[None])[0])
+
+    def _show(self, bar, batches: list[Batch], loss: float, seconds: float) -> None:
+        processes = self.accelerator.num_processes
+        studies = sum(len(b.names) for b in batches) * processes
+        trunk = self.accelerator.unwrap_model(self.model).visual.trunk
+        tokens = sum(trunk.num_tokens(b.images) for b in batches) * processes
+        speed = {"studies/s": studies / seconds, "tokens/s": tokens / seconds}
+        bar.update(1)
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed['studies/s']:.1f} studies/s, {speed['tokens/s']:.0f} tokens/s")
+        if self.writer is not None:
+            for name, value in {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], **speed}.items():
+                self.writer.add_scalar(f"train/{name.replace('/', '_per_')}", value, self.step)
+
+    # ------------------------------------------------------------------ evaluation and saving
+
+    def evaluate(self, bar=None) -> Metrics | None:
+        """Zero-shot metrics on the validation studies; on the main process only."""
+        if self.validation is None or not self.accelerator.is_main_process:
+            return None
+        model = self.accelerator.unwrap_model(self.model)
+        metrics = self.validation.run(model, self.tokenizer, self.accelerator.device)
+        line = f"step {self.step}: zero-shot macro AUC {metrics.macro_auc:.3f} on {metrics.num_studies} studies"
+        (bar.write if bar is not None and not bar.disable else log.info)(line)
+        if self.writer is not None:
+            self.writer.add_scalar("zero_shot/macro_auc", metrics.macro_auc, self.step)
+            self.writer.add_scalar("zero_shot/macro_balanced_accuracy", metrics.macro_balanced_accuracy, self.step)
+        return metrics
+
+    def save(self) -> None:
+        """Writes weights and state; an interrupted write leaves the last good ones."""
+        if not self.accelerator.is_main_process:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        save_weights(model, self.folder / "model.safetensors")
+        save_state(
+            {
+                "step": self.step,
+                "seconds": self.seconds,
+                "total_steps": self.total_steps,
+                "model": model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+            self.folder / "state.pt",
+        )
+
+    def resume(self) -> bool:
+        """Goes on from the folder's state. Returns whether there was one.
+
+        Raises:
+            ValueError: the state belongs to a run with another number of steps, or another model.
+        """
+        path = self.folder / "state.pt"
+        if not path.is_file():
+            return False
+        state = load_state(path)
+        if state["total_steps"] != self.total_steps:
+            raise ValueError(
+                f"{path} was saved for {state['total_steps']} steps, this config makes {self.total_steps}: resume with the "
+                "same data, batch size and epochs, or start a new run from its weights (model.checkpoint)"
+            )
+        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        return True
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """Linear warm-up, then half a cosine to 0."""
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * total
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups for AdamW; as published, vectors and scalars, norms, biases and logit scales do not decay."""
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempt = parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+            (rest if exempt else decay).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+# ---------------------------------------------------------------------- what the config names
+
+
+def make_datasets(config: TrainConfig) -> tuple[Dataset, Dataset | None, tuple[Benchmark, dict | None] | None]:
+    """Training studies, validation studies, and the benchmark with labels by study (``None``: the studies know their own)."""
+    data = config.data
+    if data.train == "simulated":
+        from ..simulate import SimulatedStudies, simulated_benchmark
+
+        shape = {
+            "image_size": data.image_size, "min_scans": data.min_scans, "max_scans": data.max_scans_simulated,
+            "min_slices": data.min_slices, "max_slices": data.max_slices, "seed": config.seed,
+        }  # fmt: skip
+        studies = SimulatedStudies(data.num_train, split="train", **shape)
+        valid = SimulatedStudies(data.num_valid, split="test", **shape) if data.num_valid else None
+        return SimulatedExamples(studies), valid, (simulated_benchmark(), None)
+    studies = FolderStudies(
+        data.train, reports=data.reports, preset=data.preset, cache=data.cache, max_scans=data.max_scans, substitute=True
+    )
+    if not data.valid:
+        return studies, None, None
+    if not (config.prompts and data.labels):
+        raise ValueError(
+            "data.valid needs data.labels (a CSV) and prompts (a benchmark's name or a YAML file) to be evaluated on"
+        )
+    chosen = benchmark(config.prompts)
+    valid = FolderStudies(data.valid, preset=data.preset, cache=data.cache, need_reports=False)
+    return studies, valid, (chosen, read_labels(data.labels, chosen.classes))
+
+
+def make_tokenizer(config: TrainConfig, dataset: Dataset) -> None:
+    """Puts the run's tokenizer into its folder: learnt from the training reports, or copied, unless it is there already."""
+    folder = Path(config.run) / "tokenizer"
+    if folder.is_dir():
+        return
+    source = config.model.tokenizer or ("" if config.model.text == "tiny" else _text_source(config))
+    if source:
+        Tokenizer(source).save(folder)
+        return
+    if isinstance(dataset, SimulatedExamples):
+        texts = dataset.studies.all_sentences(1000)
+    else:
+        texts = [sentence for sentences in dataset.reports.values() for sentence in sentences]
+    train_tokenizer([config.prompt, *texts], folder)
+
+
+def open_tokenizer(config: TrainConfig) -> Tokenizer:
+    return Tokenizer(Path(config.run) / "tokenizer", context_length(config.model))
+
+
+def _text_source(config: TrainConfig) -> str:
+    from .run import model_variant
+
+    return model_variant(config.model).text_model if config.model.text == "published" else config.model.text
