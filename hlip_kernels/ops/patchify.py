@@ -174,20 +174,19 @@ def torch_patchify(
     """The same in plain torch, one scan after the other."""
     stats = torch.float64 if dtype == torch.float64 else torch.float32
     pd, ph, pw = patch
-    rows = []
-    for first, d, h, w, gd, gh, gw, _ in scans.tolist():
+    counts = scans[:, 4:7].prod(dim=1).tolist()
+    patches = torch.empty((sum(counts), pd * ph * pw), dtype=stats, device=voxels.device)
+    for (first, d, h, w, gd, gh, gw, row), count in zip(scans.tolist(), counts, strict=True):
         volume = voxels[first : first + d * h * w].view(d, h, w)[: gd * pd, : gh * ph, : gw * pw]
         missing = (gw * pw - volume.shape[2], gh * ph - volume.shape[1], gd * pd - volume.shape[0])
         if any(missing):
             volume = torch.nn.functional.pad(volume, (0, missing[0], 0, missing[1], 0, missing[2]))
-        patches = volume.view(gd, pd, gh, ph, gw, pw).permute(0, 2, 4, 1, 3, 5).reshape(gd * gh * gw, pd * ph * pw)
-        rows.append(patches)
-    if not rows:
-        return voxels.new_zeros((0, pd * ph * pw), dtype=dtype)
-    patches = torch.cat(rows)
+        split = volume.unflatten(2, (gw, pw)).unflatten(1, (gh, ph)).unflatten(0, (gd, pd))
+        # One pass: the copy converts the stored dtype while it rearranges.
+        patches[row : row + count].view(gd, gh, gw, pd, ph, pw).copy_(split.permute(0, 2, 4, 1, 3, 5))
     if keep is not None:
         patches = patches.index_select(0, keep)
-    return (patches.to(stats) * scale + shift).to(dtype)
+    return patches.mul_(scale).add_(shift).to(dtype)
 
 
 def torch_patchify_backward(

@@ -5,6 +5,7 @@ Importing this module never imports triton; the kernels are loaded on first use,
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -97,7 +98,7 @@ def _launch(kernel, config, tiles, heads, head_dim, device, *args, **constants) 
     """One launch over real tiles only; none when there are none."""
     if len(tiles) == 0:
         return
-    with torch.cuda.device(device) if device.type == "cuda" else _nothing():
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(len(tiles), heads)](
             *args,
             **constants,
@@ -109,11 +110,3 @@ def _launch(kernel, config, tiles, heads, head_dim, device, *args, **constants) 
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-
-
-class _nothing:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *_):
-        return False

@@ -1,0 +1,48 @@
+# make demo   train on simulated studies and show what was learnt: everything from a bare Python 3.10+
+# make test   all tests, likewise
+# make gpu    on a machine with an NVIDIA GPU and torch >= 2.11: build, GPU tests, sanitizer, benchmarks, into $(OUT)
+# make bench  benchmarks on this machine
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= runs/gpu
+BIN    := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: demo test bench gpu lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "hlip-kernels needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras: installing again only when the sources of the build changed.
+$(VENV)/.installed-%: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.installed-model,data,demo
+	$(BIN)/hlip demo
+
+test: $(VENV)/.installed-all
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+bench: $(VENV)/.installed-all
+	$(BIN)/python -m pytest benchmarks --benchmark-json $(VENV)/benchmarks.json
+	$(BIN)/python -m benchmarks.report $(VENV)/benchmarks.json
+
+lint: $(VENV)/.installed-all
+	$(BIN)/python -m pip install --quiet ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# No virtual environment and no network here: the Python that already has torch is the one with the right CUDA.
+gpu:
+	$(PYTHON) tools/gpu_gate.py --out $(OUT)
+
+clean:
+	rm -rf $(VENV) build *.egg-info hlip_kernels/*.so hlip_kernels/_build_note.txt

@@ -1,0 +1,148 @@
+"""How a call is timed: the same way for every implementation, with what a row needs to be believed."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def full_size() -> bool:
+    """Full workloads on a GPU, scaled-down ones on a CPU."""
+    return device().type == "cuda"
+
+
+def dtype() -> torch.dtype:
+    return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+@cache
+def machine() -> dict[str, str]:
+    """Where rows are measured: device, versions, commit."""
+    if device().type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "triton": _version("triton"), "commit": _commit(),
+            "python": platform.python_version()}  # fmt: skip
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
+
+
+def _commit() -> str:
+    try:
+        root = Path(__file__).resolve().parent
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)
+        return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "-"
+
+
+@cache
+def ceilings() -> tuple[float, float]:
+    """(matmul FLOP/s, copy bytes/s) of this device, measured here and now: the two rates a floor is made of."""
+    d, t = device(), dtype()
+    n = 8192 if d.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=d, dtype=t) for _ in range(2))
+    flops = 2 * n**3 / _best(lambda: a @ b)
+    x = torch.randn((2**28 if d.type == "cuda" else 2**25), device=d)
+    y = torch.empty_like(x)
+    return flops, 2 * x.numel() * 4 / _best(lambda: y.copy_(x))
+
+
+def _best(call: Callable[[], object], repeats: int = 10) -> float:
+    times = []
+    for _ in range(3):
+        call()
+    for _ in range(repeats):
+        times.append(timed(call))
+    return sorted(times)[len(times) // 2]
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call: device time by events on a GPU, wall time on a CPU."""
+    if device().type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+    import time
+
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+@cache
+def _flush_buffer() -> Tensor:
+    return torch.empty(2**28, dtype=torch.uint8, device=device())
+
+
+def run(benchmark, call: Callable[[], object], *, flops: float = 0.0, nbytes: float = 0.0, rounds: int = 0, **row) -> None:
+    """Measures ``call`` with pytest-benchmark, cold cache on a GPU, and notes what the report needs.
+
+    Args:
+        benchmark: pytest-benchmark's fixture. call: takes nothing.
+        flops, nbytes: the work of one call, for the floor.
+        rounds: default 30 on a GPU, 5 on a CPU.
+        row: labels of the row: workload, level, pass, implementation.
+    """
+    d = device()
+    cuda = d.type == "cuda"
+    for _ in range(3 if cuda else 1):  # compile, allocate, warm up
+        call()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        row["peak_bytes"] = torch.cuda.max_memory_allocated()
+    device_times: list[float] = []
+
+    def once():
+        device_times.append(timed(call))
+
+    benchmark.pedantic(once, setup=(lambda: _flush_buffer().zero_()) if cuda else None, rounds=rounds or (30 if cuda else 5))
+    rate, bandwidth = ceilings()
+    benchmark.extra_info.update(machine())
+    benchmark.extra_info.update(
+        row, dtype=str(dtype()).removeprefix("torch."), flops=flops, bytes=nbytes, seconds=sorted(device_times),
+        matmul_flops=rate, copy_bandwidth=bandwidth,
+    )  # fmt: skip
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """``|got - truth| / |truth|`` in float64."""
+    truth = truth.double()
+    return float((got.double() - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+def tolerance() -> float:
+    """What relative error the rows' correctness gate lets through: a few roundings of the dtype."""
+    return {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype()]

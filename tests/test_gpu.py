@@ -1,0 +1,221 @@
+"""What only a GPU can tell: kernels against float64, streams, graphs, synchronisation. Skipped without one.
+
+Part of the GPU gate (``make gpu``). Inputs are drawn anew for every case; memory is poisoned before every call.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hlip_kernels import HierarchicalAttention, Layout, attention, native, patchify, segment_mean, switch_level
+from hlip_kernels.backends import BACKENDS, Query
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+GRIDS = [[(2, 5, 7), (3, 9, 9), (8, 14, 14)], [], [(0, 2, 2), (1, 1, 1), (3, 8, 16)]]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.fixture
+def layout():
+    return Layout.from_grids(GRIDS, num_prefix=2, row_multiple=64).to("cuda")
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fills the allocator's free memory with NaN, so that rows nobody writes are seen."""
+    torch.full((2**26,), float("nan"), device="cuda")
+    yield
+
+
+def relative(got, truth):
+    return float((got.double() - truth).norm() / truth.norm())
+
+
+def sdpa_error(layout, level, qkv, dtype, truth):
+    """The error of torch's own attention in the same dtype, segment by segment: output, then the gradient of qkv."""
+    leaf = qkv.to(dtype).requires_grad_()
+    offsets, T, P = layout.host_offsets(level), layout.num_tokens, layout.num_prefix
+    out = torch.zeros_like(leaf[:, 0])
+    for s in range(len(offsets) - 1):
+        rows = torch.cat([torch.arange(offsets[s], offsets[s + 1]), torch.arange(T + s * P, T + (s + 1) * P)]).cuda()
+        q, k, v = (leaf[rows, i].transpose(0, 1)[None] for i in range(3))
+        out = out.index_copy(0, rows, F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
+    (grad,) = torch.autograd.grad(out, leaf, truth[2].to(dtype))
+    return relative(out, truth[0]), relative(grad, truth[1])
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_attention_error_is_at_most_twice_torchs_own(layout, backend, dtype, head_dim):
+    support = BACKENDS[backend].supports(Query("cuda", torch.cuda.get_device_capability(), dtype, head_dim))
+    if not support:
+        pytest.skip(support.reason)
+    for level in layout.levels:
+        qkv = torch.randn(layout.num_rows, 3, 2, head_dim, dtype=torch.float64, device="cuda")
+        g = torch.randn(layout.num_rows, 2, head_dim, dtype=torch.float64, device="cuda")
+        g[layout.prefix_rows(level).stop :] = 0
+        exact = qkv.to(dtype).double().requires_grad_()
+        out = attention(*exact.unbind(1), layout, level, backend="reference")
+        truth = out.detach(), torch.autograd.grad(out, exact, g.to(dtype).double())[0], g
+        leaf = qkv.to(dtype).requires_grad_()
+        got = attention(*leaf.unbind(1), layout, level, backend=backend)
+        (grad,) = torch.autograd.grad(got, leaf, g.to(dtype))
+        bound_out, bound_grad = sdpa_error(layout, level, qkv, dtype, truth)
+        floor = 4 * torch.finfo(dtype).eps
+        assert relative(got, truth[0]) <= 2 * bound_out + floor, level
+        assert relative(grad, truth[1]) <= 2 * bound_grad + floor, level
+        assert torch.equal(got[layout.prefix_rows(level).stop :], torch.zeros_like(got[layout.prefix_rows(level).stop :]))
+
+
+@pytest.mark.parametrize("options", [{"neighbours": 1}, {"summary": "study"}, {"neighbours": 2, "summary": "scan"}], ids=str)
+def test_patterns_and_lse_gradient(layout, options):
+    qkv = torch.randn(layout.num_rows, 3, 2, 64, device="cuda")
+    weights = torch.randn(2, layout.num_rows, device="cuda")
+    results = []
+    for backend, dtype in (("reference", torch.float64), ("triton", torch.float32), ("sdpa", torch.float32)):
+        leaf = qkv.to(dtype).requires_grad_()
+        out, lse = attention(*leaf.unbind(1), layout, "slice", backend=backend, return_lse=True, **options)
+        loss = out.square().sum() + (lse * weights.to(dtype)).sum()
+        results.append((out, lse, torch.autograd.grad(loss, leaf)[0]))
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            assert relative(a, b.double()) < 1e-5
+
+
+def test_repeats_are_the_same_bits(layout):
+    qkv = torch.randn(layout.num_rows, 3, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    first = None
+    for _ in range(50):
+        out = attention(*qkv.unbind(1), layout, "study", backend="triton")
+        (grad,) = torch.autograd.grad(out.float().square().sum(), qkv)
+        if first is None:
+            first = out.detach(), grad
+        assert torch.equal(out, first[0]) and torch.equal(grad, first[1])
+
+
+def test_nan_stays_in_its_study(layout):
+    qkv = torch.randn(layout.num_rows, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
+    rows = slice(0, int(layout.host_offsets("study")[1]))
+    other = slice(rows.stop, layout.num_tokens)
+    clean = attention(*qkv.unbind(1), layout, "study", backend="triton")
+    qkv[rows] = float("nan")
+    dirty = attention(*qkv.unbind(1), layout, "study", backend="triton")
+    assert dirty[rows].isnan().all() and torch.equal(dirty[other], clean[other])
+
+
+def test_rows_beyond_2_to_31_elements():
+    """The last segments lie where an element offset no longer fits 32 bits."""
+    heads, head_dim, length = 16, 64, 1000
+    count = 2**31 // (3 * heads * head_dim * length) + 100
+    layout = Layout.from_lengths([length] * count, levels=("study",)).to("cuda")
+    qkv = torch.randn(layout.num_rows, 3, heads, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    assert qkv.numel() > 2**31
+    out = attention(*qkv.unbind(1), layout, "study", backend="triton")
+    (grad,) = torch.autograd.grad(out, qkv, out.detach())
+    alone = Layout.from_lengths([length], levels=("study",)).to("cuda")
+    last = qkv[-length:].detach().requires_grad_()
+    expected = attention(*last.unbind(1), alone, "study", backend="triton")
+    assert torch.equal(out[-length:], expected)
+    assert torch.equal(grad[-length:], torch.autograd.grad(expected, last, expected.detach())[0])
+
+
+def test_no_synchronisation_and_streams(layout):
+    x = torch.randn(layout.num_rows, 128, device="cuda", dtype=torch.bfloat16)
+    layer = HierarchicalAttention(128, 2, qkv_bias=True, device="cuda", dtype=torch.bfloat16)
+    expected = layer(x, layout, "scan")
+    switch_level(x.clone(), layout, "slice", "scan")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fresh = Layout.from_grids(GRIDS, num_prefix=2, row_multiple=64).to("cuda")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            out = layer(x, fresh, "scan")
+            y = switch_level(out * 1, fresh, "scan", "study")
+            segment_mean(y, fresh, "study").sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_cuda_graph_of_a_layer(layout):
+    x = torch.randn(layout.num_rows, 128, device="cuda", dtype=torch.bfloat16)
+    layer = HierarchicalAttention(128, 2, qkv_bias=True, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x, layout, "slice")  # compiled and tabled before the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(x, layout, "slice")
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(out, layer(x, layout, "slice"))
+
+
+def test_compiled_layer_equals_eager(layout):
+    layer = HierarchicalAttention(128, 2, qkv_bias=True, device="cuda")
+    x = torch.randn(layout.num_rows, 128, device="cuda", requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for level in ("slice", "study"):
+        a, b = layer(x, layout, level), compiled(x, layout, level)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (a, b)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(bool(native.why_missing()), reason="the CUDA extension is not built")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [64, 40, 5])
+def test_native_ops_equal_torch(layout, dtype, channels):
+    from hlip_kernels.ops.segment_mean import torch_segment_mean, torch_segment_mean_backward
+    from hlip_kernels.ops.switch_level import torch_switch_tail
+
+    x = torch.randn(layout.num_rows, channels, device="cuda", dtype=dtype)
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    for level in layout.levels:
+        chunks, chunk_offsets = layout.chunks(level)
+        offsets = layout.offsets(level)
+        got = native.segment_mean(x, offsets, chunks, chunk_offsets)
+        torch.testing.assert_close(got, torch_segment_mean(x, offsets, layout.num_tokens), **tolerance)
+        sizes = layout.num_tokens, layout.num_rows
+        grad = native.segment_mean_backward(got, offsets, chunks, *sizes)
+        torch.testing.assert_close(grad, torch_segment_mean_backward(got, offsets, *sizes), **tolerance)
+    tail = x[layout.num_tokens :]
+    for child, parent in (("slice", "scan"), ("slice", "study"), ("scan", "study")):
+        tables = layout.children(child, parent), layout.parents(child, parent)
+        for up in (True, False):
+            for divide in (True, False):
+                got, expected = (f(tail, *tables, 2, up, divide) for f in (native.switch_tail, torch_switch_tail))
+                torch.testing.assert_close(got, expected, **tolerance)
+
+
+@pytest.mark.parametrize("stored", [torch.uint8, torch.int16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("edge", ["pad", "crop"])
+def test_patchify_equals_the_cpu(stored, edge):
+    volumes = [torch.randint(0, 200, shape).to(stored) for shape in ((5, 17, 33), (0, 16, 16), (9, 8, 16), (16, 48, 48))]
+    for patch in ((2, 8, 8), (3, 5, 7)):
+        options = {"mean": 0.449, "std": 0.226, "max_value": 255, "edge": edge}
+        expected = patchify(volumes, patch, **options)
+        got = patchify([v.cuda() for v in volumes], patch, **options)
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
+        keep = torch.randperm(len(expected))[: len(expected) // 2]
+        got = patchify([v.cuda() for v in volumes], patch, keep=keep.cuda(), **options)
+        torch.testing.assert_close(got.cpu(), expected[keep], rtol=1e-5, atol=1e-5)
+
+
+def test_encoder_on_the_gpu_equals_the_cpu():
+    from dataclasses import replace
+
+    from hlip.model import VARIANTS, HLIPEncoder, StudyBatch
+
+    config = VARIANTS["vit_base_slice_scan_study_dualdinotxt1568"].encoder
+    encoder = HLIPEncoder(replace(config, width=128, heads=2)).eval()
+    batch = StudyBatch.pack(
+        [[torch.randint(0, 255, (d, 64, 64), dtype=torch.uint8) for d in (7, 12)], [torch.zeros(20, 64, 64).byte()]]
+    )
+    with torch.no_grad():
+        expected = encoder(batch)
+        got = encoder.cuda()(batch.to("cuda"))
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-3, atol=1e-3)

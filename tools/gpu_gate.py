@@ -1,0 +1,101 @@
+"""The GPU gate: build, GPU tests, compute-sanitizer, benchmarks, in one call and under ten minutes.
+
+    python tools/gpu_gate.py --out FOLDER
+
+Runs in a Python that already has torch >= 2.11 and needs no network. Every step has a time limit and a log of its own; a
+failing step does not stop the others. FOLDER gets summary.txt, one log per step, benchmarks.json and rows.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+
+
+def steps(out: Path) -> list[tuple[str, list[str], int]]:
+    """(name, command, seconds it may take)."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    case = [PYTHON, "tools/sanitizer_case.py"]
+    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    return [
+        ("build", [PYTHON, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--editable", "."], 120),
+        ("info", [PYTHON, "-m", "hlip_kernels.info"], 30),
+        ("tests", [*pytest, "tests/test_gpu.py"], 150),
+        ("memcheck", [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *case], 60),
+        ("racecheck", [sanitizer, "--tool", "racecheck", "--error-exitcode", "1", *case], 60),
+        ("initcheck", [sanitizer, "--tool", "initcheck", "--error-exitcode", "1", *case], 60),
+        # What matters most first: a run cut short still says something.
+        ("benchmarks-attention", [*pytest, "benchmarks/test_attention.py", "--benchmark-quiet",
+                                  f"--benchmark-json={out / 'attention.json'}"], 240),
+        ("benchmarks-ops", [*pytest, "benchmarks/test_ops.py", "--benchmark-quiet",
+                            f"--benchmark-json={out / 'ops.json'}"], 40),
+        ("benchmarks-model", [*pytest, "benchmarks/test_model.py", "--benchmark-quiet",
+                              f"--benchmark-json={out / 'model.json'}"], 150),
+    ]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="run only these steps")
+    parser.add_argument("--minutes", type=float, default=9.5, help="stop starting steps after this long (default: 9.5)")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu gate: torch sees no GPU here; run this on a machine with one", file=sys.stderr)
+        return 2
+    environment = {**os.environ, "HLIP_BUILD_CUDA": "1", "PYTHONUNBUFFERED": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    started, results = time.monotonic(), []
+    for name, command, limit in steps(out):
+        left = args.minutes * 60 - (time.monotonic() - started)
+        if args.only and name not in args.only:
+            continue
+        if left < 10:
+            results.append((name, "not started: no time left", 0.0))
+            continue
+        results.append(run_step(name, command, min(limit, left), out, environment))
+        print("{:22} {:28} {:6.1f} s".format(*results[-1]), flush=True)
+    rows = [str(p) for p in (out / "attention.json", out / "ops.json", out / "model.json") if p.exists() and p.stat().st_size]
+    if rows:
+        subprocess.run([PYTHON, "-m", "benchmarks.report", *rows, "--rows", str(out / "rows.csv")], cwd=ROOT, check=False)
+        subprocess.run([PYTHON, "-m", "benchmarks.report", str(out / "rows.csv")], cwd=ROOT, check=False)
+    summary = "\n".join("{:22} {:28} {:6.1f} s".format(*r) for r in results)
+    (out / "summary.txt").write_text(summary + "\n")
+    (out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{summary}\n\nlogs and results: {out}")
+    return 0 if all(status == "passed" for _, status, _ in results) else 1
+
+
+def run_step(name: str, command: list[str], limit: float, out: Path, environment: dict) -> tuple[str, str, float]:
+    """Runs one step with its output in its own log; returns (name, what became of it, seconds)."""
+    begin = time.monotonic()
+    with (out / f"{name}.log").open("w") as log:
+        log.write("$ " + " ".join(command) + "\n")
+        log.flush()
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False
+            ).returncode
+            status = "passed" if code == 0 else f"FAILED (exit status {code})"
+        except subprocess.TimeoutExpired:
+            status = f"STOPPED after {limit:.0f} s"
+        except OSError as error:
+            status = f"could not start: {error.strerror}"
+    return name, status, time.monotonic() - begin
+
+
+if __name__ == "__main__":
+    sys.exit(main())

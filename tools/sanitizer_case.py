@@ -1,0 +1,27 @@
+"""A small run of every kernel, for compute-sanitizer: ragged, with empty segments, prefix rows and dead rows."""
+
+import torch
+
+from hlip_kernels import Layout, attention, patchify, segment_mean, switch_level
+
+
+def main() -> None:
+    layout = Layout.from_grids([[(2, 5, 7), (3, 9, 9)], [], [(0, 2, 2), (1, 1, 1), (2, 8, 16)]], num_prefix=2, row_multiple=64)
+    layout = layout.to("cuda")
+    for dtype in (torch.bfloat16, torch.float32):
+        for head_dim in (64, 80):
+            qkv = torch.randn(layout.num_rows, 3, 2, head_dim, device="cuda", dtype=dtype, requires_grad=True)
+            for level, options in (("slice", {}), ("study", {}), ("slice", {"neighbours": 1, "summary": "study"})):
+                out, lse = attention(*qkv.unbind(1), layout, level, backend="triton", return_lse=True, **options)
+                (out.float().sum() + lse.sum()).backward()
+        x = torch.randn(layout.num_rows, 40, device="cuda", dtype=dtype, requires_grad=True)
+        y = switch_level(switch_level(x * 1, layout, "slice", "scan"), layout, "scan", "slice")
+        (segment_mean(y, layout, "scan").float().sum() + segment_mean(y, layout, "study").float().sum()).backward()
+    volumes = [torch.rand(5, 17, 33, device="cuda", requires_grad=True), torch.rand(9, 8, 16, device="cuda")]
+    patchify(volumes, (2, 8, 8), mean=0.449, std=0.226).sum().backward()
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
