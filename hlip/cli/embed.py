@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..data import find_studies
 from ..evaluate import benchmark, zero_shot_classifier
 from ..train.examples import FolderStudies, read_labels
 from ..train.loop import make_datasets
@@ -19,30 +20,10 @@ def device_of(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-class PathStudies(torch.utils.data.Dataset):
-    """Studies from several paths, each under its own name."""
-
-    def __init__(self, paths: list[str], preset: str):
-        self.parts = []
-        for path in paths:
-            path = Path(path)
-            if not path.exists():
-                raise FileNotFoundError(f"{path}: no such file or folder")
-            self.parts.append(FolderStudies(path, preset=preset, need_reports=False))
-        self.items = [(part, i) for part in self.parts for i in range(len(part))]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int):
-        part, i = self.items[index]
-        return part[i]
-
-
 def embed(args) -> int:
     """Writes the features of every readable study, and prints scores if prompts are given."""
     run = load_run(args.run, device=device_of(args.device))
-    studies = PathStudies(args.paths, args.preset)
+    studies = FolderStudies(Path.cwd(), paths=find_studies(args.paths), preset=args.preset, need_reports=False)
     names, features = embed_studies(run.model, studies, device_of(args.device), batch_size=1)
     if not names:
         raise ValueError(f"none of the {len(studies)} studies could be read; see the lines above")

@@ -60,13 +60,14 @@ class Batch:
 
 
 class FolderStudies(Dataset):
-    """One study per sub-folder (DICOM series, NIfTI files), with reports from a CSV or from ``report.txt`` in the folder.
+    """Studies on disk, with reports from a CSV or from ``report.txt`` in the study's folder.
 
     A study that cannot be read is reported in one clear line and the job goes on: with ``substitute`` the next readable
     study takes its place (so that batches stay full, on every process), without it the item is ``None``.
 
     Args:
-        folder: the parent folder.
+        folder: every sub-folder is a study: DICOM series or volumes of any format, flat or nested.
+        paths: the studies themselves (folders or files) instead of the sub-folders of ``folder``.
         reports: CSV with columns ``study`` and ``report``; empty: ``report.txt`` in each folder.
         preset: see :func:`hlip.data.prepare`; ``"auto"`` guesses per study.
         cache: folder for prepared scans; empty: none.
@@ -79,17 +80,17 @@ class FolderStudies(Dataset):
     """
 
     def __init__(
-        self, folder: str | Path, *, reports: str | Path = "", preset: str = "auto", cache: str | Path = "",
-        max_scans: int = 0, need_reports: bool = True, substitute: bool = False,
+        self, folder: str | Path, *, paths: Sequence[Path] | None = None, reports: str | Path = "", preset: str = "auto",
+        cache: str | Path = "", max_scans: int = 0, need_reports: bool = True, substitute: bool = False,
     ):  # fmt: skip
-        from ..data import find_studies
-
         self.folder, self.preset, self.max_scans, self.substitute = Path(folder), preset, max_scans, substitute
-        self._failed: set[Path] = set()
         self.cache = Path(cache) if cache else None
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder}: no such folder of studies")
-        self.paths = find_studies([self.folder])
+        self._failed: set[Path] = set()
+        if paths is None:
+            if not self.folder.is_dir():
+                raise FileNotFoundError(f"{self.folder}: no such folder of studies")
+            paths = sorted(p for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        self.paths = list(paths)
         by_study = read_reports(reports) if reports else None
         self.reports: dict[Path, list[str]] = {}
         for path in self.paths:
@@ -113,7 +114,7 @@ class FolderStudies(Dataset):
 
     def name(self, path: Path) -> str:
         """A study's name: its path below the folder."""
-        return path.relative_to(self.folder).as_posix() if path != self.folder else path.name
+        return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else path.as_posix()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -184,7 +185,7 @@ def prepare_study(path: Path, preset: str) -> tuple[list[Tensor], float]:
     from ..data import PRESETS, auto_preset, prepare, read_study
 
     study = read_study(path)
-    name = auto_preset(study) if preset == "auto" else preset
+    name = auto_preset(study).preset if preset == "auto" else preset
     scans = [prepared.voxels for scan in study.scans for prepared in prepare(scan, name)]
     return scans, float(PRESETS[name].max_value)
 

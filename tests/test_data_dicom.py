@@ -1,0 +1,268 @@
+"""DICOM series become scans: order, geometry, volumes at the same positions, values."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pydicom
+import pytest
+from data_files import (
+    AXIAL,
+    CORONAL,
+    SAGITTAL,
+    array,
+    compressed,
+    dicom,
+    enhanced,
+    failure,
+    plane,
+    reasons,
+    stack,
+)
+from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
+
+from hlip.data import read_study
+
+# --- DICOM: order and geometry -------------------------------------------------------------------------------------
+
+
+def test_slices_are_sorted_by_position_whatever_their_names_and_numbers(tmp_path):
+    rng = np.random.default_rng(0)
+    for copy in "ab":
+        names, numbers = rng.permutation(9), rng.permutation(9)
+        for i in range(9):
+            dicom(tmp_path / copy / f"{names[i]:03d}.x", plane(i), ImagePositionPatient=[7, 8, 2.5 * i - 3],
+                  InstanceNumber=int(numbers[i]))  # fmt: skip
+    a, b = read_study(tmp_path / "a"), read_study(tmp_path / "b")
+    (scan,) = a.scans
+    np.testing.assert_array_equal(array(scan), np.stack([plane(i) for i in range(9)]))
+    assert scan.shape == (9, 6, 5)
+    assert scan.spacing == pytest.approx((2.5, 2, 1.5))  # positions, not the SliceThickness of 9
+    assert scan.image.GetOrigin() == (7, 8, -3)
+    assert scan.orientation == "LPS" and scan.notes == [] and scan.files == 9 and a.skipped == []
+    np.testing.assert_array_equal(array(scan), array(b.scans[0]))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "normal", "code"),
+    [(AXIAL, (0, 0, 1), "LPS"), (CORONAL, (0, 1, 0), "LIP"), (SAGITTAL, (-1, 0, 0), "PIR")],
+)
+def test_geometry_is_kept_for_every_plane(tmp_path, orientation, normal, code):
+    stack(tmp_path, [0, 3, 6, 9], normal=normal, ImageOrientationPatient=list(orientation))
+    (scan,) = read_study(tmp_path).scans
+    assert scan.orientation == code
+    corner = scan.image.TransformContinuousIndexToPhysicalPoint((0, 0, 3))
+    assert corner == pytest.approx([9 * n for n in normal])
+    assert scan.image.TransformContinuousIndexToPhysicalPoint((1, 0, 0)) == pytest.approx([1.5 * r for r in orientation[:3]])
+
+
+def test_uneven_spacing_uses_the_median_and_says_so(tmp_path):
+    stack(tmp_path, [0, 4, 8, 12, 13.1, 20.1, 27.1])
+    (scan,) = read_study(tmp_path).scans
+    assert scan.shape[0] == 7
+    assert scan.spacing[0] == pytest.approx(4)
+    assert scan.notes == ["slice spacing uneven: 1.1 to 7 mm; the median is used"]
+
+
+def test_missing_slices_are_counted(tmp_path):
+    stack(tmp_path, [0, 5, 10, 20, 25, 30, 35, 45, 50])
+    (scan,) = read_study(tmp_path).scans
+    assert scan.notes == ["2 of 11 slices missing"] and scan.spacing[0] == pytest.approx(5)
+
+
+def test_gantry_tilt_is_noted_and_spacing_measured_along_the_normal(tmp_path):
+    angle = np.radians(18.5)
+    tilted = [1, 0, 0, 0, float(np.cos(angle)), float(-np.sin(angle))]
+    stack(tmp_path, [0, 4, 8, 12], ImageOrientationPatient=tilted, Modality="CT", SOPClassUID=CTImageStorage,
+          RescaleIntercept=-1024, RescaleSlope=1)  # fmt: skip
+    (scan,) = read_study(tmp_path).scans
+    assert scan.spacing[0] == pytest.approx(4 * np.cos(angle), abs=1e-5)
+    assert scan.notes == ["gantry tilt 18.5°: slices kept as they are, not sheared back"]
+
+
+def test_scans_are_ordered_by_series_number_then_name_then_uid(tmp_path):
+    for i, (number, text) in enumerate([(10, "b"), (2, "z"), (10, "a"), (None, "none")]):
+        tags = {"SeriesNumber": number} if number else {"SeriesNumber": None}
+        stack(tmp_path, [0, 1, 2], name=f"{9 - i}_", SeriesInstanceUID=f"1.{i}", SeriesDescription=text, **tags)
+    study = read_study(tmp_path)
+    assert [(s.number, s.name) for s in study.scans] == [(2, "z"), (10, "a"), (10, "b"), (None, "none")]
+
+
+# --- DICOM: several volumes in one series --------------------------------------------------------------------------
+
+
+def test_two_echoes_at_the_same_positions_become_two_scans(tmp_path):
+    heights = [0, 3, 6, 9]
+    stack(tmp_path, heights, name="long", first=50, EchoTime=90.0)
+    stack(tmp_path, heights, name="short", first=0, EchoTime=12.0)
+    study = read_study(tmp_path)
+    assert [s.name for s in study.scans] == ["scan [0]", "scan [1]"]
+    np.testing.assert_array_equal(array(study.scans[0]), np.stack([plane(i) for i in range(4)]))
+    np.testing.assert_array_equal(array(study.scans[1]), np.stack([plane(50 + i) for i in range(4)]))
+    assert study.scans[0].notes == ["volume 1 of 2 at the same positions, told apart by echo time (12)"]
+
+
+def test_diffusion_needs_two_elements_and_is_capped(tmp_path):
+    heights = [0, 3, 6]
+    for k, (b, direction) in enumerate([(1000, "x"), (0, "x"), (1000, "y"), (1000, "z")]):
+        tags = {"DiffusionBValue": float(b), "SequenceName": f"ep_{b}_{direction}"}
+        stack(tmp_path, heights, name=f"v{k}_", first=10 * k, **tags)
+    study = read_study(tmp_path)
+    assert len(study.scans) == 2
+    np.testing.assert_array_equal(array(study.scans[0])[0], plane(10))  # b = 0 first
+    assert "only the first 2 of 4 volumes are kept (max_volumes)" in study.scans[0].notes
+    assert "volumes beyond the first 2 of 4" in reasons(study)
+    assert sum(item.files for item in study.skipped) == 6
+    assert len(read_study(tmp_path, max_volumes=9).scans) == 4
+
+
+def test_volumes_without_a_telling_element_follow_instance_numbers(tmp_path):
+    heights = [0, 3, 6, 9]
+    stack(tmp_path, heights, name="a", first=20, InstanceNumber=[8, 7, 6, 5])
+    stack(tmp_path, heights, name="b", first=0, InstanceNumber=[1, 2, 3, 4])
+    study = read_study(tmp_path)
+    assert [array(s)[:, 0, 0].tolist() for s in study.scans] == [[0, 100, 200, 300], [2000, 2100, 2200, 2300]]
+    assert "instance numbers" in study.scans[0].notes[0]
+
+
+@pytest.mark.parametrize("numbers", [[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 1]])
+def test_a_few_repeated_slices_do_not_make_a_volume(tmp_path, numbers):
+    stack(tmp_path, [0, 3, 6, 9, 12, 15], AcquisitionNumber=numbers)
+    stack(tmp_path, [6], name="again", first=70, InstanceNumber=99, AcquisitionNumber=2)
+    study = read_study(tmp_path)
+    (scan,) = study.scans
+    np.testing.assert_array_equal(array(scan), np.stack([plane(i) for i in range(6)]))
+    assert scan.notes == ["1 slice at positions already taken left out"]
+    assert "1 slice at positions already taken" in reasons(study)
+
+
+def test_stacks_of_two_directions_in_one_series_become_two_scans(tmp_path):
+    angle = np.radians(20)
+    turned = [1, 0, 0, 0, float(np.cos(angle)), float(np.sin(angle))]
+    stack(tmp_path, [0, 3, 6, 9], name="a")
+    normal = (0, -np.sin(angle), np.cos(angle))
+    stack(tmp_path, [100, 103, 106], name="b", normal=normal, ImageOrientationPatient=turned)
+    study = read_study(tmp_path)
+    assert [s.shape[0] for s in study.scans] == [4, 3]
+    assert [s.name for s in study.scans] == ["scan [0]", "scan [1]"]
+    assert "2 stacks of different direction or size" in study.scans[1].notes[0]
+
+
+def test_one_series_of_two_sizes_becomes_two_scans(tmp_path):
+    stack(tmp_path, [0, 3, 6], name="a")
+    for i in range(4):
+        dicom(tmp_path / f"b{i}", plane(i, (8, 8)), ImagePositionPatient=[0, 0, i])
+    assert sorted(s.shape for s in read_study(tmp_path).scans) == [(3, 6, 5), (4, 8, 8)]
+
+
+# --- DICOM: multi-frame --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+def test_multi_frame_files_are_sorted_and_rescaled_frame_by_frame(tmp_path, syntax):
+    frames = np.stack([plane(i, dtype=np.uint16) for i in (2, 0, 3, 1)])
+    enhanced(tmp_path / "e", frames, [6, 0, 9, 3], scales=[(2, 1), (1, 0), (3, 2), (1, 5)], syntax=syntax)
+    (scan,) = read_study(tmp_path / "e").scans
+    assert scan.spacing == pytest.approx((3, 2, 1.5)) and scan.files == 1
+    expected = np.stack([plane(0), plane(1) + 5, plane(2) * 2 + 1, plane(3) * 3 + 2])
+    np.testing.assert_array_equal(array(scan), expected)
+
+
+def test_multi_frame_file_of_two_time_points(tmp_path):
+    frames = np.stack([plane(i, dtype=np.uint16) for i in range(8)])
+    enhanced(tmp_path / "e", frames, [0, 3, 6, 9] * 2, times=[1] * 4 + [2] * 4)
+    study = read_study(tmp_path)
+    assert [s.shape[0] for s in study.scans] == [4, 4]
+    np.testing.assert_array_equal(array(study.scans[1]), frames[4:])
+
+
+def test_multi_frame_without_or_with_too_few_positions_is_skipped(tmp_path):
+    frames = np.stack([plane(i, dtype=np.uint16) for i in range(4)])
+    dicom(tmp_path / "bare", frames)
+    enhanced(tmp_path / "short", frames, [0, 3, 6, 9], missing=True)
+    text = reasons(failure(tmp_path))
+    assert "4 frames without position" in text and "4 frames, but 3 frame descriptions" in text
+
+
+# --- DICOM: values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "dtype", "kind"),
+    [(1, -1024, np.uint16, np.int16), (2, 10, np.int16, np.int16), ("1.5", "0.25", np.int16, np.float32),
+     (1000, 0, np.uint16, np.int32)],
+)  # fmt: skip
+def test_rescaling(tmp_path, slope, intercept, dtype, kind):
+    for i in range(3):
+        dicom(tmp_path / str(i), plane(i, dtype=dtype), ImagePositionPatient=[0, 0, i], RescaleSlope=slope,
+              RescaleIntercept=intercept)  # fmt: skip
+    voxels = array(read_study(tmp_path).scans[0])
+    assert voxels.dtype == kind
+    expected = np.stack([plane(i) for i in range(3)]) * float(slope) + float(intercept)
+    np.testing.assert_array_equal(voxels, expected)
+
+
+def test_slope_that_differs_between_slices_and_slope_zero(tmp_path):
+    stack(tmp_path, [0, 1, 2], RescaleSlope=["2", "0", "0.5"], RescaleIntercept="0")
+    voxels = array(read_study(tmp_path).scans[0])
+    np.testing.assert_allclose(voxels, np.stack([plane(0) * 2.0, plane(1), plane(2) * 0.5]))
+
+
+def test_monochrome1_is_inverted(tmp_path):
+    stack(tmp_path, [0, 1, 2], PhotometricInterpretation="MONOCHROME1")
+    (scan,) = read_study(tmp_path).scans
+    stored = np.stack([plane(i) for i in range(3)])
+    np.testing.assert_array_equal(array(scan), stored.max() + stored.min() - stored)
+    assert "MONOCHROME1" in scan.notes[0]
+
+
+def test_ct_without_negative_values_is_noted(tmp_path):
+    stack(tmp_path, [0, 1, 2], Modality="CT")
+    assert "may not be Hounsfield units" in read_study(tmp_path).scans[0].notes[0]
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless])
+def test_uncompressed_and_run_length_coding(tmp_path, syntax):
+    stack(tmp_path, [0, 1, 2], syntax=syntax)
+    np.testing.assert_array_equal(array(read_study(tmp_path).scans[0]), np.stack([plane(i) for i in range(3)]))
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian])
+def test_data_sets_without_preamble_and_file_meta(tmp_path, syntax):
+    stack(tmp_path, [0, 1, 2], syntax=syntax, meta=False)
+    assert (tmp_path / "s0").read_bytes()[128:132] != b"DICM"
+    np.testing.assert_array_equal(array(read_study(tmp_path).scans[0]), np.stack([plane(i) for i in range(3)]))
+
+
+def test_compressed_pixels_are_rescaled_once_and_checked(tmp_path):
+    for i in range(4):
+        compressed(tmp_path / str(i), plane(i, (32, 24), np.uint16), ImagePositionPatient=[0, 0, i], Modality="CT",
+                   RescaleSlope=2, RescaleIntercept=-1000, PhotometricInterpretation="MONOCHROME1")  # fmt: skip
+    (scan,) = read_study(tmp_path).scans
+    values = np.stack([plane(i, (32, 24)) * 2 - 1000 for i in range(4)])
+    np.testing.assert_array_equal(array(scan), values.max() + values.min() - values)
+    # A code stream whose own size is not that of the header never reaches the decoder.
+    data = bytearray((tmp_path / "3").read_bytes())
+    at = data.find(b"\xff\x4f\xff\x51") + 8
+    data[at : at + 8] = struct.pack(">2I", 2**30, 2**30)
+    (tmp_path / "3").write_bytes(data)
+    study = read_study(tmp_path)
+    assert study.scans[0].shape[0] == 3 and "code stream says 1073741824 x 1073741824" in reasons(study)
+
+
+def test_coding_that_no_decoder_knows_is_skipped(tmp_path):
+    stack(tmp_path, [0, 1, 2])
+    for path in list(tmp_path.iterdir()):
+        d = pydicom.dcmread(path)
+        d.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.100"  # MPEG2
+        d.PixelData = pydicom.encaps.encapsulate([b"\x00\x00\x01\xb3" + bytes(60)])
+        d["PixelData"].VR, d["PixelData"].is_undefined_length = "OB", True
+        d.save_as(path)
+    assert "damaged pixel data" in reasons(failure(tmp_path))
