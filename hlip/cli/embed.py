@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data import find_studies
 from ..evaluate import benchmark, zero_shot_classifier
 from ..train.examples import FolderStudies, read_labels
 from ..train.loop import make_datasets
 from ..train.run import load_run
 from ..train.validate import Validation, embed_studies
+from .paths import studies_at
 
 
 def device_of(name: str) -> str:
@@ -23,7 +23,8 @@ def device_of(name: str) -> str:
 def embed(args) -> int:
     """Writes the features of every readable study, and prints scores if prompts are given."""
     run = load_run(args.run, device=device_of(args.device))
-    studies = FolderStudies(Path.cwd(), paths=find_studies(args.paths), preset=args.preset, need_reports=False)
+    paths, failed = studies_at(args.paths)
+    studies = FolderStudies(Path.cwd(), paths=paths, preset=args.preset, need_reports=False)
     names, features = embed_studies(run.model, studies, device_of(args.device), batch_size=1)
     if not names:
         raise ValueError(f"none of the {len(studies)} studies could be read; see the lines above")
@@ -39,7 +40,7 @@ def embed(args) -> int:
         for name, row in zip(names, scores, strict=True):
             cells = (f"{value:>{len(c)}.3f}" for c, value in zip(classifier.benchmark.classes, row, strict=True))
             print(f"{name:{width}}  " + "  ".join(cells))
-    return 0 if len(names) == len(studies) else 1
+    return 0 if len(names) == len(studies) and not failed else 1
 
 
 def evaluate(args) -> int:

@@ -6,8 +6,9 @@ import sys
 
 from hlip_kernels import patch_grids
 
-from ..data import PRESETS, StudyError, auto_preset, find_studies, prepare, read_study
+from ..data import PRESETS, StudyError, auto_preset, prepare, read_study
 from ..model import variant
+from .paths import studies_at
 
 
 def info(args) -> int:
@@ -18,8 +19,8 @@ def info(args) -> int:
     if not args.paths:
         raise ValueError("name at least one study: a folder with DICOM or NIfTI files, or a file (or --presets)")
     config = variant(args.model).encoder
-    failed = 0
-    for path in find_studies(args.paths):
+    paths, failed = studies_at(args.paths)
+    for path in paths:
         try:
             study = read_study(path)
         except StudyError as error:

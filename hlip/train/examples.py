@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..model import StudyBatch
+from ..storage import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +137,7 @@ class FolderStudies(Dataset):
             scans, max_value = self._scans(path)
         except Exception as error:  # any broken file of a user: the rest goes on
             if path not in self._failed:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                log.warning("%s left out: %s", self.name(path), reason)
+                log.warning("%s left out: %s", self.name(path), " ".join(str(error).split())[:300] or type(error).__name__)
                 self._failed.add(path)
             return None
         if self.max_scans and len(scans) > self.max_scans:
@@ -148,7 +148,7 @@ class FolderStudies(Dataset):
     def _scans(self, path: Path) -> tuple[list[Tensor], float]:
         if self.cache is None:
             return prepare_study(path, self.preset)
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
 
         stamp = "|".join(f"{p.relative_to(path)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in _files(path))
         key = hashlib.sha256(f"1|{self.preset}|{path.resolve()}|{stamp}".encode()).hexdigest()[:24]
@@ -158,11 +158,8 @@ class FolderStudies(Dataset):
             max_value = float(tensors.pop("max_value"))
             return [tensors[name] for name in sorted(tensors)], max_value
         scans, max_value = prepare_study(path, self.preset)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        partial = stored.with_suffix(f".{torch.randint(2**31, ()).item()}.tmp")
-        tensors = {f"scan{i:03d}": scan.contiguous() for i, scan in enumerate(scans)}
-        save_file({**tensors, "max_value": torch.tensor(max_value)}, str(partial))
-        partial.replace(stored)  # all or nothing, whatever happens meanwhile
+        tensors = {f"scan{i:03d}": scan for i, scan in enumerate(scans)}
+        write_tensors({**tensors, "max_value": torch.tensor(max_value)}, stored)
         return scans, max_value
 
 

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..evaluate import Benchmark, Metrics, benchmark
 from ..losses import ContrastiveLoss
 from ..model import HLIP, Tokenizer, load_checkpoint, load_mae, train_tokenizer
+from ..storage import write_atomically, write_tensors
 from .config import TrainConfig
 from .examples import Batch, Collate, FolderStudies, SimulatedExamples, read_labels, seed_worker
-from .run import build_model, context_length, load_state, loss_kind, save_state, save_weights
+from .run import build_model, context_length, load_state, loss_kind
 from .step import contrastive_step
 from .validate import Validation
 
@@ -101,6 +102,7 @@ class Trainer:
             num_workers=config.data.workers,
             collate_fn=Collate(tokenizer, modes, config.prompt),
             worker_init_fn=seed_worker,
+            persistent_workers=config.data.workers > 0,
             pin_memory=accelerator.device.type == "cuda",
         )
         self.per_step = config.batch_size * config.accumulate
@@ -226,19 +228,17 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         model = self.accelerator.unwrap_model(self.model)
-        save_weights(model, self.folder / "model.safetensors")
-        save_state(
-            {
-                "step": self.step,
-                "seconds": self.seconds,
-                "total_steps": self.total_steps,
-                "model": model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "torch_rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            },
-            self.folder / "state.pt",
-        )
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "total_steps": self.total_steps,
+            "model": model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        write_atomically(self.folder / "state.pt", lambda partial: torch.save(state, partial))
+        write_tensors(model.state_dict(), self.folder / "model.safetensors")
 
     def resume(self) -> bool:
         """Goes on from the folder's state. Returns whether there was one.

@@ -10,7 +10,6 @@ run/
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,22 +90,6 @@ def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> Run:
     model = build_model(config.model, vocab_size=tokenizer.vocab_size)
     load_checkpoint(model, folder / "model.safetensors", strict=True)
     return Run(model.to(device).eval(), tokenizer, config)
-
-
-def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """Writes a state dict as safetensors, all or nothing."""
-    from safetensors.torch import save_file
-
-    partial = path.with_suffix(".partial")
-    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, str(partial))
-    os.replace(partial, path)
-
-
-def save_state(state: dict, path: Path) -> None:
-    """Writes a training state, all or nothing."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
 
 
 def load_state(path: Path) -> dict:

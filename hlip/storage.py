@@ -1,0 +1,38 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Lets ``write`` make a file beside ``path``, then moves it there, so an interruption leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    try:
+        write(partial)
+        os.chmod(partial, 0o666 & ~_umask())  # temporary files are private, these are not
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Tensors by name, as safetensors."""
+    from safetensors.torch import save_file
+
+    data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(path, lambda partial: save_file(data, partial))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
