@@ -293,7 +293,7 @@ def make_datasets(config: TrainConfig) -> tuple[Dataset, Dataset | None, tuple[B
 
         shape = {
             "image_size": data.image_size, "min_scans": data.min_scans, "max_scans": data.max_scans_simulated,
-            "min_slices": data.min_slices, "max_slices": data.max_slices, "seed": config.seed,
+            "min_slices": data.min_slices, "max_slices": data.max_slices, "seed": config.seed, "cache": True,
         }  # fmt: skip
         studies = SimulatedStudies(data.num_train, split="train", **shape)
         valid = SimulatedStudies(data.num_valid, split="test", **shape) if data.num_valid else None

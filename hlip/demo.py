@@ -1,0 +1,141 @@
+"""``hlip demo``: learn to find lesions in simulated ragged studies, and show it."""
+
+from __future__ import annotations
+
+import resource
+import time
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .evaluate import zero_shot_classifier
+from .explain import relevance
+from .simulate import SimulatedStudies, simulated_benchmark
+from .train.config import config_from
+from .train.loop import train
+from .train.run import Run, load_run
+
+
+def demo(run: str | Path, *, minutes: float | None = None) -> int:
+    """Trains, evaluates and draws; returns the exit status.
+
+    Args:
+        run: the folder to write.
+        minutes: training time; default as in ``demo.yaml``.
+    """
+    import yaml
+
+    began = time.monotonic()
+    values = yaml.safe_load(resources.files(__package__).joinpath("demo.yaml").read_text())
+    config = config_from({**values, "run": str(run)}, {} if minutes is None else {"max_minutes": minutes})
+    data = config.data
+    print(
+        f"Training on {data.num_train} simulated studies: {data.min_scans} to {data.max_scans_simulated} scans each, "
+        f"{data.min_slices} to {data.max_slices} slices a scan;\n"
+        "a bleed, an infarct, a mass or nothing, visible only in some contrasts and a few slices.\n"
+        "The only labels are the sentences of the reports.\n",
+        flush=True,
+    )
+    metrics = train(config)
+    print(f"\nZero-shot on {metrics.num_studies} held-out studies (chance: AUC 0.5, recall {1 / len(metrics.classes):.2f})\n")
+    print(metrics.table())
+    finished = load_run(run)
+    picture, words = draw(finished, Path(run) / "relevance.png")
+    print(f"\n{words}\nPicture: {picture}")
+    memory = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
+    print(f"Model: {run}   Time: {(time.monotonic() - began) / 60:.1f} min   Peak memory: {memory:.1f} GB", flush=True)
+    print(f"\nNext: hlip embed STUDY... --run {run}   |   hlip train --config examples/train.yaml")
+    return 0
+
+
+def draw(run: Run, path: Path, *, candidates: int = 24) -> tuple[Path, str]:
+    """One held-out study with the relevance of its finding over its scans, and in words how often relevance hits.
+
+    The study is the first with a finding that the model names rightly. The words count, over the first ``candidates``
+    such studies, how often the most relevant voxel lies in the lesion or within one patch of it.
+    """
+    data = run.config.data
+    studies = SimulatedStudies(
+        data.num_valid, split="test", seed=run.config.seed, image_size=data.image_size, min_scans=data.min_scans,
+        max_scans=data.max_scans_simulated, min_slices=data.min_slices, max_slices=data.max_slices,
+    )  # fmt: skip
+    classifier = zero_shot_classifier(run.model, run.tokenizer, simulated_benchmark())
+    classes = classifier.benchmark.classes
+    normal = classifier.weights[classes.index("normal")]
+    patch = run.model.config.encoder.patch_size
+    chosen, hits, tried, chance = None, 0, 0, []
+    for i in range(len(studies)):
+        if studies.finding(i) == "normal":
+            continue
+        study = studies[i]
+        target = classes.index(study.finding)
+        # What speaks for the finding rather than for a normal study.
+        maps = relevance(run.model, study.scans, classifier.weights[target] - normal)
+        near = [_within(mask, patch) for mask in study.lesion_masks]
+        tried += 1
+        hits += bool(_at_maximum(maps, near))
+        chance.append(sum(int(m.sum()) for m in near) / sum(m.numel() for m in near))
+        if chosen is None and _answer(run, classifier, study) == study.finding:
+            chosen = study, maps
+        if tried == candidates:
+            break
+    if chosen is None:
+        return path, "The model named no finding rightly; there is nothing to draw."
+    _figure(*chosen, path)
+    return path, (
+        f"The most relevant place lies in the lesion, or within a patch of it, in {hits} of {tried} held-out studies "
+        f"({sum(chance) / len(chance):.0%} of the voxels do)."
+    )
+
+
+@torch.no_grad()
+def _answer(run: Run, classifier, study) -> str:
+    from .model import StudyBatch
+
+    features = run.model.encode_image(StudyBatch.pack([study.scans]), normalize=True)
+    return classifier.benchmark.classes[int(classifier.cosine(features)[0].argmax())]
+
+
+def _within(mask: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
+    """The mask grown by one patch in every direction."""
+    kernel = [2 * p + 1 for p in patch]
+    grown = torch.nn.functional.max_pool3d(mask[None, None].float(), kernel, stride=1, padding=tuple(patch))
+    return grown[0, 0] > 0
+
+
+def _at_maximum(maps: list[torch.Tensor], masks: list[torch.Tensor]) -> bool:
+    best = max(range(len(maps)), key=lambda i: float(maps[i].max()) if maps[i].numel() else -1.0)
+    return bool(masks[best].flatten()[int(maps[best].argmax())])
+
+
+def _figure(study, maps: list[torch.Tensor], path: Path) -> None:
+    """A row per scan: its most relevant slice plain, with the relevance over it, and with the true outline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = len(study.scans)
+    figure, axes = plt.subplots(rows, 3, figsize=(7.2, 2.35 * rows), squeeze=False)
+    for row, (scan, name, heat, mask) in enumerate(zip(study.scans, study.names, maps, study.lesion_masks, strict=True)):
+        k = int(heat.amax(dim=(1, 2)).argmax())
+        image = scan[k].numpy()
+        titles = (f"{name}, slice {k + 1} of {len(scan)}", "relevance for the finding", "the simulated lesion")
+        for column, title in enumerate(titles):
+            ax = axes[row][column]
+            ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+            ax.set_title(title, fontsize=8)
+            ax.set_axis_off()
+        axes[row][1].imshow(np.ma.masked_less(heat[k].numpy(), 0.15), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+        if mask[k].any():
+            axes[row][2].contour(mask[k].numpy(), levels=[0.5], colors="tab:red", linewidths=1)
+    report = " ".join(study.sentences)
+    figure.suptitle(
+        f"Held-out study: {study.finding}\n{report[:230] + ('...' if len(report) > 230 else '')}", fontsize=8, wrap=True
+    )
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
