@@ -209,9 +209,7 @@ class Layout:
 
     def host_children(self, child: str, parent: str) -> np.ndarray:
         """int64 ``(S_parent + 1,)``: segments ``[c[s], c[s+1])`` of level ``child`` make up segment ``s`` of ``parent``."""
-        low, high = self.index(child), self.index(parent)
-        if low >= high:
-            raise ValueError(f"{child!r} is not finer than {parent!r} (levels, finest first: {self.levels})")
+        low, high = self._pair(child, parent)
         children = self._child_offsets[high - 1]
         for below in range(high - 2, low - 1, -1):
             children = self._child_offsets[below][children]
@@ -229,11 +227,11 @@ class Layout:
 
     def children(self, child: str, parent: str) -> torch.Tensor:
         """int32 ``(S_parent + 1,)`` on :attr:`device`; see :meth:`host_children`."""
-        return self._tables["children", self.index(child), self.index(parent)]
+        return self._tables[("children", *self._pair(child, parent))]
 
     def parents(self, child: str, parent: str) -> torch.Tensor:
         """int32 ``(S_child,)`` on :attr:`device`: the segment of level ``parent`` that holds each segment of ``child``."""
-        return self._tables["parents", self.index(child), self.index(parent)]
+        return self._tables[("parents", *self._pair(child, parent))]
 
     def prefix_rows(self, level: str) -> slice:
         """The live tail rows when ``level`` is active: ``x[layout.prefix_rows(level)]`` is ``(S*P, C)``, segment-major."""
@@ -324,6 +322,12 @@ class Layout:
         return layout.to(self.device)
 
     # ------------------------------------------------------------------ internals
+
+    def _pair(self, child: str, parent: str) -> tuple[int, int]:
+        low, high = self.index(child), self.index(parent)
+        if low >= high:
+            raise ValueError(f"{child!r} is not finer than {parent!r} (levels, finest first: {self.levels})")
+        return low, high
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..layout import Layout
@@ -23,6 +24,6 @@ def check_rows(layout: Layout, x: Tensor, name: str, *, ndim: int) -> None:
         shape = "(R, H, D)" if ndim == 3 else "(R, C)"
         raise ValueError(f"{name} must be packed rows {shape} with {ndim} dimensions, got {x.ndim}")
     if x.shape[0] != layout.num_rows:
-        raise ValueError(
-            f"{name} does not belong to this layout: its number of rows differs from layout.num_rows (see shape and repr)"
-        )
+        # Under torch.compile a size in the message would become a guard, and each new length a new compilation.
+        found = "" if torch.compiler.is_compiling() else f" ({x.shape[0]} rows, the layout has {layout.num_rows})"
+        raise ValueError(f"{name} does not belong to this layout: their numbers of rows differ{found}")

@@ -1,0 +1,398 @@
+"""Attention against a naive float64 truth: every backend, level, pattern, head dim and gradient."""
+
+import pytest
+import torch
+from attention_truth import (
+    HEAD_DIMS,
+    LEVELS,
+    PREFIXES,
+    RAGGED,
+    make,
+    naive_attention,
+    naive_mask,
+    ragged_lengths,
+    relative,
+    sdpa_by_segment,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hlip_kernels import Layout, attention
+from hlip_kernels.backends import BACKENDS, Query
+from hlip_kernels.backends import triton as triton_backend
+
+KINDS = [
+    (name, dtype)
+    for name in BACKENDS
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if BACKENDS[name].supports(Query("cpu", None, dtype, 64))
+]
+KIND_IDS = [f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in KINDS]
+FAST = [kind for kind in KINDS if kind[0] != "triton"]
+needs_interpreter = pytest.mark.skipif(
+    not BACKENDS["triton"].supports(Query("cpu", None, torch.float32, 64)), reason="TRITON_INTERPRET=1 is not set"
+)
+
+
+def errors(backend, dtype, lengths, num_prefix, level, heads, head_dim, scale_of_logits=1.0, **options):
+    """(output, gradient of q, k, v) errors of a backend, and of torch's SDPA in the same dtype, against float64."""
+    layout = make(lengths, num_prefix)
+    rows = layout.num_rows
+    mask = naive_mask(lengths, num_prefix, rows, level, **options)
+    inputs = [torch.randn(rows, heads, head_dim).mul(s).to(dtype) for s in (scale_of_logits, 1, 1)]
+    weight = torch.randn(rows, heads, head_dim).to(dtype)
+    found = []
+    for run in (
+        lambda q, k, v: naive_attention(q, k, v, mask)[0],
+        lambda q, k, v: attention(q, k, v, layout, level, backend=backend, **options),
+        lambda q, k, v: sdpa_by_segment(q, k, v, mask),
+    ):
+        truth = not found
+        leaves = [t.double() if truth else t.clone() for t in inputs]
+        leaves = [t.requires_grad_() for t in leaves]
+        out = run(*leaves)
+        grads = torch.autograd.grad(out, leaves, weight.to(out.dtype)) if rows else leaves
+        found.append((out.detach(), *(g.detach() for g in grads)))
+    truth, got, torchs = found
+    return layout, got, [relative(a, b) for a, b in zip(got, truth, strict=True)], [
+        relative(a, b) for a, b in zip(torchs, truth, strict=True)
+    ]
+
+
+def check(backend, dtype, *case, **options):
+    layout, got, mine, torchs = errors(backend, dtype, *case, **options)
+    # Twice torch's own error; where torch happens to be exact (one key, say) a rounding or two of the dtype.
+    floor = 2 * torch.finfo(dtype).eps
+    for name, error, bound in zip(("out", "dq", "dk", "dv"), mine, torchs, strict=True):
+        assert error <= 2 * bound + floor, f"{name}: {error:.2e} against {bound:.2e} of torch"
+    dead = slice(layout.prefix_rows(case[2]).stop, None)
+    assert all(not t[dead].any() for t in got)
+
+
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+@given(lengths=ragged_lengths(), num_prefix=st.sampled_from(PREFIXES), level=st.sampled_from(LEVELS),
+       head_dim=st.sampled_from((16, 32)))  # fmt: skip
+def test_error_on_ragged_layouts(backend, dtype, lengths, num_prefix, level, head_dim):
+    check(backend, dtype, lengths, num_prefix, level, 2, head_dim)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+def test_error_for_every_head_dim(backend, dtype, level, head_dim):
+    check(backend, dtype, RAGGED, 2, level, 1, head_dim)
+
+
+PATTERNS = [
+    ("slice", {"neighbours": 1}),
+    ("slice", {"neighbours": 3}),
+    ("scan", {"neighbours": 1}),
+    ("slice", {"summary": "scan"}),
+    ("slice", {"summary": "study"}),
+    ("scan", {"summary": "study"}),
+    ("slice", {"neighbours": 1, "summary": "study"}),
+    ("slice", {"neighbours": 2, "summary": "scan"}),
+    ("scan", {"neighbours": 1, "summary": "study"}),
+]
+
+
+@pytest.mark.parametrize("level, options", PATTERNS, ids=str)
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+def test_error_of_every_pattern(backend, dtype, level, options):
+    check(backend, dtype, RAGGED, 2, level, 2, 32, **options)
+
+
+@pytest.mark.parametrize("backend, dtype", FAST, ids=[KIND_IDS[KINDS.index(k)] for k in FAST])
+@given(lengths=ragged_lengths(), num_prefix=st.sampled_from((1, 2, 5)), pattern=st.sampled_from(PATTERNS))
+def test_error_of_patterns_on_ragged_layouts(backend, dtype, lengths, num_prefix, pattern):
+    level, options = pattern
+    check(backend, dtype, lengths, num_prefix, level, 2, 16, **options)
+
+
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+def test_error_with_logits_of_hundreds(backend, dtype):
+    # q scaled so that logits have a standard deviation of 150: softmax is nearly one-hot.
+    check(backend, dtype, RAGGED, 1, "scan", 2, 64, 150.0)
+
+
+@given(lengths=ragged_lengths(120), num_prefix=st.sampled_from(PREFIXES), pattern=st.sampled_from(PATTERNS))
+def test_dense_mask_is_what_the_words_say(lengths, num_prefix, pattern):
+    level, options = pattern
+    if num_prefix == 0:
+        options = {k: v for k, v in options.items() if k != "summary"}
+    layout = make(lengths, num_prefix, row_multiple=16)
+    assert torch.equal(
+        layout.dense_mask(level, **options), naive_mask(lengths, num_prefix, layout.num_rows, level, **options)
+    )
+
+
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+@pytest.mark.parametrize("options", [{}, {"neighbours": 1, "summary": "study"}], ids=str)
+def test_lse_and_its_gradient(backend, dtype, options):
+    if dtype != torch.float32:
+        pytest.skip("the statistics are float32 for every dtype")
+    layout = make(RAGGED, 2, row_multiple=32)
+    mask = naive_mask(RAGGED, 2, layout.num_rows, "slice", **options)
+    qkv = torch.randn(layout.num_rows, 3, 2, 32)
+    weight = torch.randn(2, layout.num_rows)
+    leaf, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+    out, lse = attention(*leaf.unbind(1), layout, "slice", backend=backend, return_lse=True, **options)
+    true_out, true_lse = naive_attention(*exact.unbind(1), mask)
+    assert lse.dtype == torch.float32 and lse.shape == (2, layout.num_rows)
+    assert relative(lse, true_lse) < 1e-6 and relative(out, true_out) < 1e-6
+    for loss, true_loss in (
+        ((lse * weight).sum(), (true_lse * weight).sum()),
+        ((lse * weight).sum() + out.square().sum(), (true_lse * weight).sum() + true_out.square().sum()),
+    ):
+        (grad,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        (true_grad,) = torch.autograd.grad(true_loss, exact, retain_graph=True)
+        assert relative(grad, true_grad) < 2e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"neighbours": 1}, {"summary": "study"}], ids=str)
+def test_reference_gradients_are_right_twice(options):
+    layout = make([[[3, 0], [2, 1]], [], [[4]]], 1, row_multiple=8)
+    q, k, v = (torch.randn(layout.num_rows, 1, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def f(q, k, v):
+        return attention(q, k, v, layout, "slice", backend="reference", return_lse=True, **options)
+
+    assert torch.autograd.gradcheck(f, (q, k, v))
+    assert torch.autograd.gradgradcheck(f, (q, k, v))
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_the_op_in_float64_passes_gradcheck(backend):
+    layout = make([[[3, 0], [2, 1]], [], [[4]]], 2)
+    q, k, v = (torch.randn(layout.num_rows, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    pattern = layout.pattern("scan", neighbours=1)
+    assert torch.autograd.gradcheck(lambda q, k, v: torch.ops.hlip.attention(q, k, v, pattern, 0.3, backend), (q, k, v))
+
+
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_nan_and_inf_stay_in_their_segment(backend, dtype, bad):
+    layout = make(RAGGED, 2)
+    mask = naive_mask(RAGGED, 2, layout.num_rows, "scan")
+    qkv = torch.randn(layout.num_rows, 3, 2, 32).to(dtype)
+    weight = torch.randn(layout.num_rows, 2, 32).to(dtype)
+    results = []
+    for poison in (False, True):
+        leaf = qkv.clone()
+        if poison:
+            leaf[90] = bad  # inside the first scan of the third study
+        leaf.requires_grad_()
+        out = attention(*leaf.unbind(1), layout, "scan", backend=backend)
+        results.append((out.detach(), *torch.autograd.grad(out, leaf, weight)))
+    apart = ~mask[90]
+    assert 0 < apart.sum() < layout.num_rows
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean[apart], dirty[apart])
+        assert not torch.equal(clean[~apart], dirty[~apart])
+
+
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+def test_memory_nobody_wrote_is_never_read(backend, dtype, poisoned):
+    layout = make(RAGGED, 2, row_multiple=64)
+    qkv = torch.randn(layout.num_rows, 3, 2, 32).to(dtype).requires_grad_()
+    for level in LEVELS:
+        out, lse = attention(*qkv.unbind(1), layout, level, backend=backend, return_lse=True)
+        (grad,) = torch.autograd.grad(out.float().square().sum() + lse.sum(), qkv)
+        dead = slice(layout.prefix_rows(level).stop, None)
+        assert out.isfinite().all() and lse.isfinite().all() and grad.isfinite().all()
+        assert not out[dead].any() and not lse[:, dead].any() and not grad[dead].any()
+
+
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+def test_dead_rows_may_hold_nan(backend, dtype):
+    layout = make(RAGGED, 1, row_multiple=64)
+    qkv = torch.randn(layout.num_rows, 3, 1, 32).to(dtype)
+    qkv[layout.prefix_rows("study").stop :] = float("nan")
+    leaf = qkv.requires_grad_()
+    out = attention(*leaf.unbind(1), layout, "study", backend=backend)
+    weight = torch.ones_like(out)
+    weight[layout.prefix_rows("study").stop :] = float("nan")
+    (grad,) = torch.autograd.grad(out, leaf, weight)
+    assert out.isfinite().all() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+@pytest.mark.parametrize(
+    "lengths, num_prefix, row_multiple",
+    [([], 0, 1), ([], 2, 1), ([[]], 1, 8), ([[[]], [[0, 0]]], 0, 1), ([[[0, 0], [0]], []], 0, 16), ([[[0]]], 3, 4)],
+    ids=str,
+)
+def test_emptiness(backend, dtype, lengths, num_prefix, row_multiple, poisoned):
+    layout = make(lengths, num_prefix, row_multiple)
+    for level in LEVELS:
+        qkv = torch.randn(layout.num_rows, 3, 2, 16).to(dtype).requires_grad_()
+        out, lse = attention(*qkv.unbind(1), layout, level, backend=backend, return_lse=True)
+        assert out.shape == (layout.num_rows, 2, 16) and lse.shape == (2, layout.num_rows)
+        (grad,) = torch.autograd.grad(out.float().sum() + lse.sum(), qkv)
+        dead = slice(layout.prefix_rows(level).stop, None)
+        assert out.isfinite().all() and grad.isfinite().all()
+        assert not out[dead].any() and not lse[:, dead].any() and not grad[dead].any()
+
+
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+def test_repeats_are_the_same_bits(backend, dtype):
+    layout = make(RAGGED, 2)
+    qkv = torch.randn(layout.num_rows, 3, 2, 32).to(dtype).requires_grad_()
+    first = None
+    for _ in range(3):
+        out, lse = attention(*qkv.unbind(1), layout, "study", backend=backend, return_lse=True)
+        result = (out, lse, *torch.autograd.grad(out.float().square().sum() + lse.sum(), qkv))
+        first = first or result
+        assert all(torch.equal(a, b) for a, b in zip(first, result, strict=True))
+
+
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+def test_strides_do_not_matter(backend, dtype):
+    layout = make(RAGGED, 1)
+    rows, heads, dim = layout.num_rows, 2, 16
+    packed = torch.randn(rows, 3, heads, dim).to(dtype)
+    plain = [t.contiguous() for t in packed.unbind(1)]
+    head_first = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in plain]
+    padded = [torch.nn.functional.pad(t, (0, 8))[..., :dim] for t in plain]
+    expected = attention(*plain, layout, "scan", backend=backend)
+    for views in (packed.unbind(1), head_first, padded):
+        views = [t.requires_grad_() for t in views] if not packed.requires_grad else views
+        out = attention(*views, layout, "scan", backend=backend)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+def test_strided_gradients_come_back_right(backend, dtype):
+    """The gradient arrives expanded (from a sum), transposed, or for a part of the heads only."""
+    layout = make(RAGGED, 1)
+    packed = torch.randn(layout.num_rows, 3, 2, 16).to(dtype).requires_grad_()
+    weight = torch.randn(2, 16, layout.num_rows).to(dtype).permute(2, 0, 1)
+    out = attention(*packed.unbind(1), layout, "scan", backend=backend)
+    (strided,) = torch.autograd.grad(out, packed, weight, retain_graph=True)
+    (plain,) = torch.autograd.grad(out, packed, weight.contiguous(), retain_graph=True)
+    assert torch.equal(strided, plain)
+    (from_sum,) = torch.autograd.grad(out.sum(), packed, retain_graph=True)
+    (from_ones,) = torch.autograd.grad(out, packed, torch.ones_like(out), retain_graph=True)
+    assert torch.equal(from_sum, from_ones)
+
+
+@needs_interpreter
+def test_launches_one_forward_two_backward_and_none_for_nothing(monkeypatch):
+    from hlip_kernels.backends.triton import kernels
+
+    launched = []
+
+    class Counting:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launched.append((self.kernel.__name__, grid))
+            return self.kernel[grid]
+
+    for name in ("attention_forward", "attention_backward_dq", "attention_backward_dkdv"):
+        monkeypatch.setattr(kernels, name, Counting(getattr(kernels, name)))
+    layout = make(RAGGED, 2)
+    qkv = torch.randn(layout.num_rows, 3, 2, 16, requires_grad=True)
+    out = attention(*qkv.unbind(1), layout, "scan", backend="triton")
+    assert [name for name, _ in launched] == ["attention_forward"]
+    out.sum().backward()
+    assert [name for name, _ in launched[1:]] == ["attention_backward_dq", "attention_backward_dkdv"]
+    # Real tiles only: 4 segments of 88, 67, 163, 2 (prefix rows alone) and 2 rows, and the dead rows that are zeroed.
+    block = triton_backend.config_for("attention_forward", torch.float32, 16).block_m
+    rows = [5 + 17 + 2, 65 + 2, 130 + 2, 2, 33 + 63 + 65 + 2, 2]
+    live = sum(-(-n // block) for n in rows)
+    dead = -(-(layout.num_rows - layout.prefix_rows("scan").stop) // block)
+    assert launched[0][1] == (live + dead, 2)
+    launched.clear()
+    empty = make([[[0, 0]]], 0)
+    attention(*torch.empty(0, 3, 2, 16, requires_grad=True).unbind(1), empty, "scan", backend="triton").sum().backward()
+    assert launched == []
+
+
+# ------------------------------------------------------------------ choosing, and saying no
+
+
+def good(rows=8, heads=2, dim=16, **options):
+    return torch.randn(rows, heads, dim, **options)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda q, k, v: (q[:-1], k, v), ["q", "8", "7"]),
+        (lambda q, k, v: (q, k[:, :1], v), ["k", "heads"]),
+        (lambda q, k, v: (q, k, v[..., :8]), ["v", "head dim"]),
+        (lambda q, k, v: (q, k.half(), v), ["k", "float16", "float32"]),
+        (lambda q, k, v: (q, k, v.to("meta")), ["v", "meta"]),
+        (lambda q, k, v: (q, k, v.flatten(1)), ["v", "dim"]),
+        (lambda q, k, v: (q.int(), k.int(), v.int()), ["q", "int32"]),
+        (lambda q, k, v: (q, good(8, 16, 2).transpose(1, 2), v), ["k", "contiguous"]),
+    ],
+)
+def test_bad_tensors_are_named(change, words):
+    layout = Layout.from_lengths([3, 5], levels=("scan",))
+    with pytest.raises((ValueError, TypeError)) as caught:
+        attention(*change(good(), good(), good()), layout, "scan")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"level": "voxel"}, ["voxel", "'slice'", "'study'"]),
+        ({"level": "slice", "neighbours": -1}, ["neighbours", "-1"]),
+        ({"level": "slice", "neighbours": 1.5}, ["neighbours", "1.5"]),
+        ({"level": "study", "neighbours": 1}, ["neighbours", "study"]),
+        ({"level": "scan", "summary": "slice"}, ["summary", "coarser"]),
+        ({"level": "scan", "summary": "moon"}, ["moon"]),
+        ({"level": "scan", "backend": "magic"}, ["magic", "'sdpa'"]),
+    ],
+)
+def test_bad_options_are_named(options, words):
+    layout = make([[[8]]], 0)
+    with pytest.raises(ValueError) as caught:
+        attention(good(), good(), good(), layout, **options)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_summary_without_prefix_rows_is_refused():
+    with pytest.raises(ValueError, match="num_prefix=0"):
+        attention(good(), good(), good(), make([[[8]]], 0), "slice", summary="study")
+
+
+def test_a_layout_is_needed():
+    with pytest.raises((ValueError, TypeError), match="layout"):
+        attention(good(), good(), good(), [3, 5], "scan")
+
+
+def test_a_named_backend_never_falls_back():
+    q = good(dtype=torch.float64)
+    with pytest.raises(NotImplementedError) as caught:
+        attention(q, q, q, Layout.from_lengths([8], levels=("scan",)), "scan", backend="triton")
+    for name in BACKENDS:
+        assert f"  {name}: " in str(caught.value)
+    assert "float64" in str(caught.value)
+
+
+def test_every_refusal_has_a_reason():
+    for device, capability in (("cpu", None), ("cuda", (7, 5)), ("cuda", (9, 0)), ("mps", None), ("xpu", None)):
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32):
+            for head_dim in (8, 64, 512):
+                for backend in BACKENDS.values():
+                    support = backend.supports(Query(device, capability, dtype, head_dim))
+                    assert bool(support) == (not support.reason)
+
+
+def test_auto_on_a_cpu_is_sdpa_and_its_answer():
+    layout = make(RAGGED, 1)
+    q, k, v = (good(layout.num_rows) for _ in range(3))
+    assert torch.equal(attention(q, k, v, layout, "scan"), attention(q, k, v, layout, "scan", backend="sdpa"))
+
+
+def test_scale():
+    layout = make(RAGGED, 1)
+    q, k, v = (good(layout.num_rows) for _ in range(3))
+    expected = attention(q * 0.5, k, v, layout, "scan", scale=1.0)
+    torch.testing.assert_close(attention(q, k, v, layout, "scan", scale=0.5), expected)
+    torch.testing.assert_close(attention(q, k, v, layout, "scan"), attention(q, k, v, layout, "scan", scale=16**-0.5))
