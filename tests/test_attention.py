@@ -54,9 +54,12 @@ def errors(backend, dtype, lengths, num_prefix, level, heads, head_dim, scale_of
         grads = torch.autograd.grad(out, leaves, weight.to(out.dtype)) if rows else leaves
         found.append((out.detach(), *(g.detach() for g in grads)))
     truth, got, torchs = found
-    return layout, got, [relative(a, b) for a, b in zip(got, truth, strict=True)], [
-        relative(a, b) for a, b in zip(torchs, truth, strict=True)
-    ]
+    return (
+        layout,
+        got,
+        [relative(a, b) for a, b in zip(got, truth, strict=True)],
+        [relative(a, b) for a, b in zip(torchs, truth, strict=True)],
+    )
 
 
 def check(backend, dtype, *case, **options):
@@ -121,9 +124,7 @@ def test_dense_mask_is_what_the_words_say(lengths, num_prefix, pattern):
     if num_prefix == 0:
         options = {k: v for k, v in options.items() if k != "summary"}
     layout = make(lengths, num_prefix, row_multiple=16)
-    assert torch.equal(
-        layout.dense_mask(level, **options), naive_mask(lengths, num_prefix, layout.num_rows, level, **options)
-    )
+    assert torch.equal(layout.dense_mask(level, **options), naive_mask(lengths, num_prefix, layout.num_rows, level, **options))
 
 
 @pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)

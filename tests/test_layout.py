@@ -116,7 +116,9 @@ def test_the_three_constructors_agree():
 
 
 def test_any_named_levels():
-    layout = Layout.from_offsets({"word": [0, 2, 3, 7], "page": torch.tensor([0, 3, 7]), "book": np.array([0, 7])}, num_prefix=1)
+    layout = Layout.from_offsets(
+        {"word": [0, 2, 3, 7], "page": torch.tensor([0, 3, 7]), "book": np.array([0, 7])}, num_prefix=1
+    )
     assert layout.levels == ("word", "page", "book")
     assert layout.parents("word", "book").tolist() == [0, 0, 0]
     assert Layout.from_lengths([3, 4]).levels == ("segment",)

@@ -8,41 +8,38 @@ from .anatomy import TISSUES
 
 # grey, white, fluid, skull, scalp
 SIGNAL = {
-    "T1": (0.52, 0.78, 0.18, 0.10, 0.85),
-    "T2": (0.58, 0.42, 1.00, 0.10, 0.60),
-    "FLAIR": (0.58, 0.46, 0.12, 0.08, 0.50),
-    "DWI": (0.46, 0.38, 0.12, 0.05, 0.15),
-    "CT": (0.48, 0.38, 0.10, 1.00, 0.30),  # a brain window, 80 units wide
+    "T1": (0.36, 0.54, 0.12, 0.08, 0.50),
+    "T2": (0.50, 0.40, 0.75, 0.08, 0.45),
+    "FLAIR": (0.50, 0.42, 0.10, 0.08, 0.40),
+    "DWI": (0.44, 0.38, 0.10, 0.05, 0.15),
+    "CT": (0.42, 0.34, 0.10, 1.00, 0.25),  # a brain window, 80 units wide
 }
 
-# The signal of each part of a lesion; a part that is not named looks like the tissue it lies in.
+# The signal of each part of a lesion; a part that is not named looks like the tissue it lies in. Schematic: each kind changes
+# two or three contrasts, and in none of them like another kind, so that what is to be learnt is where to look, not subtlety.
 LESION_SIGNAL = {
     "hemorrhage": {
-        "CT": {"core": 0.90, "oedema": 0.27},
-        "T2": {"core": 0.15, "oedema": 0.82},
-        "FLAIR": {"core": 0.20, "oedema": 0.85},
+        "CT": {"core": 0.95, "oedema": 0.25},
+        "T2": {"core": 0.04},
+        "FLAIR": {"core": 0.04},
     },
     "infarct": {
         "DWI": {"core": 1.00},
-        "FLAIR": {"core": 0.88},
-        "T2": {"core": 0.80},
+        "FLAIR": {"core": 0.90},
     },
-    "mass": {
-        "T1": {"core": 0.25, "rim": 0.95},
-        "T2": {"core": 0.95, "rim": 0.60, "oedema": 0.82},
-        "FLAIR": {"core": 0.70, "rim": 0.95, "oedema": 0.85},
-        "CT": {"oedema": 0.27},
+    "mass": {  # T1 after contrast agent
+        "T1": {"core": 0.70, "rim": 1.00},
+        "T2": {"core": 1.00, "rim": 1.00, "oedema": 0.70},
     },
 }
-SPOT_SIGNAL = {"T2": 0.85, "FLAIR": 0.90}
+SPOT_SIGNAL = {"T2": 0.70, "FLAIR": 0.80}
 
 # Every protocol shows every finding in at least one contrast, so that the choice of contrasts tells nothing about it.
 PROTOCOLS = (
-    ("FLAIR", "CT"),
-    ("FLAIR", "T1"),
-    ("FLAIR", "DWI"),
-    ("FLAIR", "T2"),
-    ("DWI", "T2"),
+    ("T2", "FLAIR"),
+    ("T2", "DWI"),
+    ("T1", "CT", "FLAIR"),
+    ("T1", "CT", "DWI"),
 )
 
 

@@ -57,10 +57,10 @@ class Lesion:
         core = _inside(depth, 1.0)
         if self.kind == "infarct":
             return {"core": core}
-        oedema = _inside(depth, 1.9 if self.kind == "mass" else 1.5) * (1 - core)
+        oedema = _inside(depth, 1.5 if self.kind == "mass" else 1.2) * (1 - core)
         if self.kind == "hemorrhage":
             return {"core": core, "oedema": oedema}
-        inner = _inside(depth, 0.7)
+        inner = _inside(depth, 0.5)
         return {"core": inner, "rim": np.clip(core - inner, 0, 1), "oedema": oedema}
 
 
@@ -73,12 +73,12 @@ def draw_lesion(kind: str, rng: np.random.Generator, places: np.ndarray) -> Lesi
     """A lesion of a kind at one of ``places`` ``(N, 3)``, its shape as usual for the kind."""
     centre = places[rng.integers(len(places))].astype(np.float64)
     if kind == "infarct":  # flat and wide, like a vessel's territory, toward the surface
-        radii = np.array([rng.uniform(11, 16), rng.uniform(20, 30), rng.uniform(18, 27)])
+        radii = np.array([rng.uniform(16, 22), rng.uniform(24, 36), rng.uniform(22, 32)])
         centre[0] *= 1.15
     elif kind == "mass":  # nearly round
-        radii = rng.uniform(12, 20) * rng.uniform(0.85, 1.15, 3)
+        radii = rng.uniform(20, 29) * rng.uniform(0.85, 1.15, 3)
     else:
-        radii = rng.uniform(12, 20) * rng.uniform(0.75, 1.25, 3)
+        radii = rng.uniform(20, 29) * rng.uniform(0.75, 1.25, 3)
     turn, _ = np.linalg.qr(rng.normal(size=(3, 3)) + (3 * np.eye(3) if kind == "infarct" else 0))
     bumpy = {"infarct": 1.6, "mass": 0.7, "hemorrhage": 1.2}[kind]
     return Lesion(kind, centre, radii, turn, rng.normal(size=(3, 6)) * 0.12 * bumpy, rng.uniform(0, 2 * np.pi, 6))

@@ -77,12 +77,13 @@ _MOTION = ("The examination is limited by motion.", "Mild motion artifact.")
 def write_report(
     finding: str, side: str, lobe: str, rng: np.random.Generator, *, spots: int = 0, atrophy: bool = False, motion: bool = False
 ) -> list[str]:
-    """Sentences of one report, shuffled: one or two on the finding, some on what is absent, some beside the point."""
+    """Sentences of one report, shuffled: two or three on the finding, at times one on what is absent,
+    some beside the point."""
     place = _choose(_PLACE[lobe], rng).format(side=side) if finding != "normal" else ""
-    about = rng.permutation(len(_FINDING[finding]))[: rng.integers(1, 3)]
+    about = rng.permutation(len(_FINDING[finding]))[: rng.integers(2, 4)]
     sentences = [_FINDING[finding][i].format(place=place) for i in about]
     absent = [kind for kind in _ABSENT if kind != finding]
-    for kind in rng.permutation(absent)[: rng.integers(0, 3)]:
+    for kind in rng.permutation(absent)[: rng.integers(0, 2)]:
         sentences.append(_choose(_ABSENT[str(kind)], rng))
     for present, phrases in ((spots > 0, _SPOTS), (atrophy, _ATROPHY), (motion, _MOTION)):
         if present and rng.random() < 0.6:

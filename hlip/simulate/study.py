@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..progress import progress_bar
 from . import anatomy
 from .contrast import LESION_SIGNAL, PROTOCOLS, SIGNAL, SPOT_SIGNAL, render, visible_in
 from .lesion import Lesion, draw_lesion
@@ -16,7 +17,7 @@ from .report import CLASSES, write_report
 
 _SPLITS = ("train", "test")
 _CENTRE = np.array([0.0, -18.0, 10.0])  # of the head, mm
-_FIELD = 208.0  # field of view, mm
+_FIELD = 192.0  # field of view, mm
 # Depth, rows, columns of each plane as axes of (right, anterior, superior), with the sense in which they grow: right,
 # posterior, inferior, the axes that the published preparation turns every scan to.
 _PLANES = {
@@ -74,6 +75,10 @@ class SimulatedStudy:
     lesion_masks: list[Tensor] = field(default_factory=list)
     visible: list[bool] = field(default_factory=list)
 
+    def clone(self) -> SimulatedStudy:
+        """A copy with tensors of its own."""
+        return replace(self, scans=[s.clone() for s in self.scans], lesion_masks=[m.clone() for m in self.lesion_masks])
+
 
 class SimulatedStudies(torch.utils.data.Dataset):
     """Simulated studies by number; study ``i`` depends on (seed, split, i) alone, on any process and machine.
@@ -85,7 +90,7 @@ class SimulatedStudies(torch.utils.data.Dataset):
         image_size: rows and columns.
         min_scans, max_scans, min_slices, max_slices: inclusive bounds.
         findings: the classes to draw from, equally often.
-        cache: keep rendered studies in memory (of each process), about 0.4 MB each at the default sizes.
+        cache: keep rendered studies in memory (of each process), about 0.8 MB each at the default sizes.
 
     Raises:
         ValueError: an unknown split or finding, or bounds that make no sense.
@@ -98,9 +103,14 @@ class SimulatedStudies(torch.utils.data.Dataset):
     ):  # fmt: skip
         if split not in _SPLITS:
             raise ValueError(f"split must be one of {_SPLITS}, got {split!r}")
-        if not 2 <= min_scans <= max_scans or not 1 <= min_slices <= max_slices or num_studies < 0 or image_size < 16:
+        if (
+            not (2 <= min_scans <= max_scans and max_scans >= 3)
+            or not 1 <= min_slices <= max_slices
+            or num_studies < 0
+            or image_size < 16
+        ):
             raise ValueError(
-                "expected num_studies >= 0, image_size >= 16, 2 <= min_scans <= max_scans, 1 <= min_slices <= max_slices; got "
+                "expected num_studies >= 0, image_size >= 16, 2 <= min_scans <= max_scans >= 3, 1 <= min_slices <= max_slices; got "
                 f"{num_studies}, {image_size}, {min_scans} to {max_scans} scans, {min_slices} to {max_slices} slices"
             )
         unknown = set(findings) - set(CLASSES)
@@ -166,6 +176,14 @@ class SimulatedStudies(torch.utils.data.Dataset):
             self._cache[index] = self._render(index)
         return self._cache[index]
 
+    def render_all(self, processes: int = 0, *, progress: bool = False) -> None:
+        """Renders every study into the cache, in ``processes`` processes beside this one (0: in this one)."""
+        self._cache = None  # workers get a copy of this object: without what is rendered already
+        loader = torch.utils.data.DataLoader(self, batch_size=None, num_workers=min(processes, len(self)), collate_fn=_as_is)
+        bar = progress_bar(loader, total=len(self), unit="study", desc=f"rendering ({self.split})", disable=not progress)
+        # A copy in plain memory: what comes from a worker holds a file handle for each tensor.
+        self._cache = {i: study.clone() if processes else study for i, study in enumerate(bar)}
+
     def _render(self, index: int) -> SimulatedStudy:
         plan, rng = self.plan(index), self._rng(index, 1)
         study = SimulatedStudy([], [], [], list(plan.sentences), plan.finding)
@@ -178,6 +196,10 @@ class SimulatedStudies(torch.utils.data.Dataset):
             study.lesion_masks.append(mask)
             study.visible.append(scan.contrast in visible_in(plan.finding) and bool(mask.any()))
         return study
+
+
+def _as_is(study: SimulatedStudy) -> SimulatedStudy:
+    return study
 
 
 def render_scan(
@@ -226,7 +248,7 @@ def _points(plan: StudyPlan, scan: ScanPlan, size: int) -> np.ndarray:
 
 def _draw_pose(rng: np.random.Generator) -> np.ndarray:
     """A head of its own size, a little turned and shifted: ``(3, 4)``, scanner mm -> MNI mm."""
-    angles = rng.normal(0, np.deg2rad(5), 3)
+    angles = rng.normal(0, np.deg2rad(3), 3)
     turn = np.eye(3)
     for axis, angle in enumerate(angles):
         c, s = np.cos(angle), np.sin(angle)
@@ -234,8 +256,8 @@ def _draw_pose(rng: np.random.Generator) -> np.ndarray:
         step = np.eye(3)
         step[i, i], step[i, j], step[j, i], step[j, j] = c, -s, s, c
         turn = turn @ step
-    scale = rng.uniform(0.93, 1.08) * rng.uniform(0.96, 1.04, 3)
-    return np.concatenate([turn * scale, (_CENTRE + rng.normal(0, 3, 3))[:, None]], axis=1)
+    scale = rng.uniform(0.95, 1.05) * rng.uniform(0.98, 1.02, 3)
+    return np.concatenate([turn * scale, (_CENTRE + rng.normal(0, 2, 3))[:, None]], axis=1)
 
 
 def _shown(lesion: Lesion, scans: Sequence[ScanPlan], pose: np.ndarray) -> Lesion:
@@ -243,8 +265,6 @@ def _shown(lesion: Lesion, scans: Sequence[ScanPlan], pose: np.ndarray) -> Lesio
 
     Slices can lie farther apart than a lesion is long; then no picture would show what the report says.
     """
-    from dataclasses import replace
-
     showing = [scan for scan in scans if scan.contrast in visible_in(lesion.kind)]
     local = np.linalg.solve(pose[:, :3], lesion.centre - pose[:, 3])
     best, move = None, None

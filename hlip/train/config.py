@@ -23,7 +23,7 @@ class DataConfig:
         cache: a folder for prepared scans, so that they are read and resampled once.
         max_scans: keep a random choice of at most this many scans of a study in training; 0 keeps all.
         num_train, num_valid, image_size, min_scans, max_scans_simulated, min_slices, max_slices: of simulated studies.
-        workers: loader processes.
+        workers: loader processes. Simulated studies are rendered by as many, once, before training.
     """
 
     train: str = "simulated"

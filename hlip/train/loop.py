@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..evaluate import Benchmark, Metrics, benchmark
 from ..losses import ContrastiveLoss
 from ..model import HLIP, Tokenizer, load_checkpoint, load_mae, train_tokenizer
+from ..progress import progress_bar
 from ..storage import write_atomically, write_tensors
 from .config import TrainConfig
 from .examples import Batch, Collate, FolderStudies, SimulatedExamples, read_labels, seed_worker
@@ -64,6 +65,10 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
     dataset, validation_set, prompts = make_datasets(config)
+    if isinstance(dataset, SimulatedExamples):
+        for studies in (dataset.studies, validation_set):
+            if studies is not None:
+                studies.render_all(config.data.workers, progress=progress and accelerator.is_main_process)
     if accelerator.is_main_process:
         make_tokenizer(config, dataset)
     accelerator.wait_for_everyone()
@@ -94,15 +99,17 @@ class Trainer:
         self.loss = ContrastiveLoss(self.kind, **ranks)
         self.sampler = ShardedShuffle(len(dataset), seed=config.seed, **ranks)
         modes = ("sentence", "report") if self.kind == "dual" else (config.text_mode,)
+        # Simulated studies are in memory by now.
+        workers = 0 if isinstance(dataset, SimulatedExamples) else config.data.workers
         self.loader = DataLoader(
             dataset,
             batch_size=config.batch_size,
             sampler=self.sampler,
             drop_last=True,
-            num_workers=config.data.workers,
+            num_workers=workers,
             collate_fn=Collate(tokenizer, modes, config.prompt),
             worker_init_fn=seed_worker,
-            persistent_workers=config.data.workers > 0,
+            persistent_workers=workers > 0,
             pin_memory=accelerator.device.type == "cuda",
         )
         self.per_step = config.batch_size * config.accumulate
@@ -125,14 +132,12 @@ class Trainer:
 
     def run(self, *, progress: bool = True) -> Metrics | None:
         """Trains to the end (or to ``max_minutes``), evaluating and saving on the way."""
-        from tqdm import tqdm
-
         main = self.accelerator.is_main_process
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(self.folder / "tensorboard"))
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not (progress and main))
+        bar = progress_bar(total=self.total_steps, initial=self.step, unit="step", disable=not (progress and main))
         metrics, evaluated, started = None, -1, time.monotonic() - self.seconds
         try:
             while self.step < self.total_steps and not self._late():
@@ -202,8 +207,9 @@ class Trainer:
         trunk = self.accelerator.unwrap_model(self.model).visual.trunk
         tokens = sum(trunk.num_tokens(b.images) for b in batches) * processes
         speed = {"studies/s": studies / seconds, "tokens/s": tokens / seconds}
+        line = f"loss {loss:.3f}, {speed['studies/s']:.1f} studies/s, {speed['tokens/s']:.0f} tokens/s"
+        bar.set_postfix_str(line, refresh=False)
         bar.update(1)
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed['studies/s']:.1f} studies/s, {speed['tokens/s']:.0f} tokens/s")
         if self.writer is not None:
             for name, value in {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], **speed}.items():
                 self.writer.add_scalar(f"train/{name.replace('/', '_per_')}", value, self.step)
@@ -293,7 +299,7 @@ def make_datasets(config: TrainConfig) -> tuple[Dataset, Dataset | None, tuple[B
 
         shape = {
             "image_size": data.image_size, "min_scans": data.min_scans, "max_scans": data.max_scans_simulated,
-            "min_slices": data.min_slices, "max_slices": data.max_slices, "seed": config.seed, "cache": True,
+            "min_slices": data.min_slices, "max_slices": data.max_slices, "seed": config.seed,
         }  # fmt: skip
         studies = SimulatedStudies(data.num_train, split="train", **shape)
         valid = SimulatedStudies(data.num_valid, split="test", **shape) if data.num_valid else None

@@ -36,7 +36,7 @@ class Validation:
         chosen, labels = prompts
         if labels is None:  # simulated: each study knows its finding, without being rendered
             labels = {f"simulated-{i}": [float(c == studies.finding(i)) for c in chosen.classes] for i in range(len(studies))}
-            studies = SimulatedExamples(studies)
+            return cls(SimulatedExamples(studies), chosen, labels)
         return cls(studies, chosen, labels, workers=config.data.workers)
 
     def run(self, model: HLIP, tokenizer: Tokenizer, device: torch.device | str) -> Metrics:

@@ -63,7 +63,8 @@ def patchify(
         max_value: the stored value that means 1; default 255 for uint8, else 1.
         edge: ``"pad"`` or ``"crop"``; see :func:`patch_grids`.
         dtype: of the result, floating point.
-        keep: int32 or int64 ``(T_kept,)``, on the device of the volumes: make only these patches (rows of the full result).
+        keep: int32 or int64 ``(T_kept,)``, on the device of the volumes: make only these patches (rows of
+            the full result), each at most once.
 
     Returns:
         ``(T, pd * ph * pw)`` of ``dtype``. Differentiable in floating-point volumes.

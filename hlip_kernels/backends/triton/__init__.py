@@ -64,7 +64,7 @@ class TritonBackend(Backend):
 
         num_rows, heads, head_dim = q.shape
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        delta = torch.empty_like(lse)
+        delta = torch.empty((2, *lse.shape), dtype=lse.dtype, device=lse.device)
         has_grad_lse = grad_lse is not None
         if not has_grad_lse:
             grad_lse = lse  # never read

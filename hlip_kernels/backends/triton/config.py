@@ -55,8 +55,8 @@ _NVIDIA = {
     ("attention_backward_dq", 4): {
         16: Config(32, 32, 4, 1),
         32: Config(32, 32, 4, 1),
-        64: Config(32, 32, 8, 2),
-        128: Config(16, 32, 8, 2),
+        64: Config(32, 32, 4, 2),
+        128: Config(32, 16, 8, 2),
     },
     ("attention_backward_dkdv", 4): {
         16: Config(32, 32, 4, 1),
@@ -68,6 +68,12 @@ _NVIDIA = {
 
 # Where AMD (64 threads a warp, 64 KB of shared memory) wants something else.
 _AMD = {
+    ("attention_backward_dq", 4): {
+        16: Config(32, 32, 4, 1),
+        32: Config(32, 32, 4, 1),
+        64: Config(32, 32, 8, 2),
+        128: Config(16, 32, 8, 2),
+    },
     ("attention_backward_dkdv", 2): {
         16: Config(64, 64, 4, 1),
         32: Config(64, 64, 4, 1),

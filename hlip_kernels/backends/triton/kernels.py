@@ -112,7 +112,7 @@ def attention_forward(
 
 @triton.jit
 def _dq_step(
-    dq_MD, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_stride, v_stride, rows_N, ok_N, d, scale_log2,
+    dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_stride, v_stride, rows_N, ok_N, d, scale_log2,
     HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     k_ND = _load_tile(k_base, rows_N, k_stride, d, ok_N, HEAD_DIM, MASK_ROWS)
@@ -121,9 +121,11 @@ def _dq_step(
     p_MN = tl.exp2(logits_MN - lse_log2_M[:, None])
     if MASK_ROWS:
         p_MN = tl.where(ok_N[None, :], p_MN, 0.0)
+    if k_ND.dtype == tl.float32:
+        sum_M += tl.sum(p_MN, 1)
     dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision=PRECISION)
     ds_MN = p_MN * (dp_MN - delta_M[:, None])
-    return tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=PRECISION)
+    return tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=PRECISION), sum_M
 
 
 @triton.jit
@@ -134,7 +136,12 @@ def attention_backward_dq(
     HAS_GRAD_LSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of query rows of one head; also writes ``delta = rowsum(dO * O) - dLSE`` for the dK/dV kernel."""
+    """dQ of one tile of query rows of one head; also writes ``delta = rowsum(dO * O) - dLSE`` for the dK/dV kernel.
+
+    ``delta`` is ``(2, H, R)``. For float32 input its second half takes what the recomputed probabilities of a row must be
+    multiplied by to sum to 1 again: beside logits in the hundreds, the log-sum-exp itself is rounded by more than the error
+    that float32 is held to.
+    """
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     record = records + tl.load(tiles + 2 * tile) * 8
@@ -159,27 +166,33 @@ def attention_backward_dq(
     q_MD = _load_tile(q + head * q_head, rows_M, q_row, d, ok_M, HEAD_DIM, True)
 
     dq_MD = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    sum_M = tl.zeros([BLOCK_M], dtype=tl.float32)
     k_base = k + head * k_head
     v_base = v + head * v_head
     whole = (k_patches // BLOCK_N) * BLOCK_N
     for at in range(0, whole, BLOCK_N):
         rows_N = k_patch + at + n
-        dq_MD = _dq_step(
-            dq_MD, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_row, v_row, rows_N, n < BLOCK_N, d, scale_log2,
+        dq_MD, sum_M = _dq_step(
+            dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_row, v_row, rows_N, n < BLOCK_N, d, scale_log2,
             HEAD_DIM, False, PRECISION,
         )  # fmt: skip
     for at in range(whole, k_total, BLOCK_N):
         rows_N = _row_of(at + n, k_patch, k_patches, k_prefix)
-        dq_MD = _dq_step(
-            dq_MD, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_row, v_row, rows_N, at + n < k_total, d, scale_log2,
+        dq_MD, sum_M = _dq_step(
+            dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_row, v_row, rows_N, at + n < k_total, d, scale_log2,
             HEAD_DIM, True, PRECISION,
         )  # fmt: skip
+    if q_MD.dtype == tl.float32:
+        norm_M = 1.0 / tl.where(sum_M > 0, sum_M, 1.0)
+        tl.store(delta + (tl.num_programs(1) + head) * num_rows + rows_M, norm_M, mask=ok_M)
+        dq_MD *= norm_M[:, None]
     _store_tile(dq + head * dq_head, rows_M, dq_row, d, ok_M, dq_MD * scale, HEAD_DIM)
 
 
 @triton.jit
 def _dkdv_step(
-    dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, q_stride, do_stride, rows_M, ok_M, d, scale_log2,
+    dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, norm_base, q_stride, do_stride, rows_M, ok_M, d,
+    scale_log2,
     HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     q_MD = _load_tile(q_base, rows_M, q_stride, d, ok_M, HEAD_DIM, MASK_ROWS)
@@ -192,6 +205,8 @@ def _dkdv_step(
         delta_M = tl.load(delta_base + rows_M)
     logits_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION) * scale_log2
     p_NM = tl.exp2(logits_NM - (lse_M * LOG2_E)[None, :])
+    if q_MD.dtype == tl.float32:
+        p_NM *= tl.load(norm_base + rows_M, mask=ok_M, other=0.0)[None, :]
     dv_ND = tl.dot(p_NM.to(do_MD.dtype), do_MD, dv_ND, input_precision=PRECISION)
     dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision=PRECISION)
     ds_NM = p_NM * (dp_NM - delta_M[None, :])
@@ -230,17 +245,18 @@ def attention_backward_dkdv(
     do_base = grad_out + head * do_head
     lse_base = lse + head * num_rows
     delta_base = delta + head * num_rows
+    norm_base = delta + (tl.num_programs(1) + head) * num_rows
     whole = (q_patches // BLOCK_M) * BLOCK_M
     for at in range(0, whole, BLOCK_M):
         rows_M = q_patch + at + m
         dk_ND, dv_ND = _dkdv_step(
-            dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, q_row, do_row, rows_M, m < BLOCK_M, d, scale_log2,
-            HEAD_DIM, False, PRECISION,
+            dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, norm_base, q_row, do_row, rows_M, m < BLOCK_M, d,
+            scale_log2, HEAD_DIM, False, PRECISION,
         )  # fmt: skip
     for at in range(whole, q_total, BLOCK_M):
         rows_M = _row_of(at + m, q_patch, q_patches, q_prefix)
         dk_ND, dv_ND = _dkdv_step(
-            dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, q_row, do_row, rows_M, at + m < q_total, d,
+            dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, norm_base, q_row, do_row, rows_M, at + m < q_total, d,
             scale_log2, HEAD_DIM, True, PRECISION,
         )  # fmt: skip
     _store_tile(dk + head * dk_head, rows_N, dk_row, d, ok_N, dk_ND * scale, HEAD_DIM)

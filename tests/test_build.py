@@ -1,0 +1,119 @@
+"""The build: what setup.py decides and says, and the extension that comes out."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hlip_kernels import info, native
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def build():
+    """setup.py as a module, without running a build."""
+    setuptools = pytest.importorskip("setuptools")
+    source = (ROOT / "setup.py").read_text()
+    module = {"__file__": str(ROOT / "setup.py"), "__name__": "build"}
+    original, setuptools.setup = setuptools.setup, lambda **_: None
+    try:
+        exec(compile(source, "setup.py", "exec"), module)
+    finally:
+        setuptools.setup = original
+    return module
+
+
+def test_architectures_from_the_environment(build, monkeypatch):
+    for given, expected in (("80;90", "80;90"), ("8.0, 9.0", "80;;90"), ("90a", "90a")):
+        monkeypatch.setenv("HLIP_CUDA_ARCHS", given)
+        assert [a for a in build["cuda_architectures"]().split(";") if a] == [a for a in expected.split(";") if a]
+
+
+def test_architectures_without_a_gpu(build, monkeypatch):
+    monkeypatch.delenv("HLIP_CUDA_ARCHS", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert build["cuda_architectures"]() == "80;90"
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"HLIP_BUILD_CUDA": "0"}, ["left out", "HLIP_BUILD_CUDA=0"]),
+        ({"PATH": "/usr/bin:/bin", "CUDA_HOME": "", "HLIP_BUILD_CUDA": ""}, None),
+    ],
+)
+def test_leaving_the_extension_out_takes_one_line(environment, words, tmp_path):
+    """Runs the real build command in a copy of what it needs."""
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "hlip_kernels").mkdir()
+    (tmp_path / "hlip_kernels" / "__init__.py").write_text("")
+    (tmp_path / "hlip").mkdir()
+    (tmp_path / "hlip" / "__init__.py").write_text("")
+    if words is None and any(Path(p, "nvcc").exists() for p in ("/usr/bin", "/bin", "/usr/local/cuda/bin")):
+        pytest.skip("nvcc is where it cannot be hidden")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hlip-kernels:")]
+    assert len(lines) == 1, done.stderr
+    assert all(word in lines[0] for word in words or ["left out", "nvcc was not found"])
+
+
+def test_the_extension_is_built_where_nvcc_is():
+    reason = native.why_missing()
+    if reason:
+        assert "nvcc was not found" in reason or "HLIP_BUILD_CUDA=0" in reason, reason
+        pytest.skip(reason)
+    assert native.architectures() and native.nvcc_version()
+    extension = Path(native._C.__file__).read_bytes()
+    for arch in native.architectures():
+        assert f"sm_{arch}".encode() in extension
+    linked = subprocess.run(["ldd", native._C.__file__], capture_output=True, text=True).stdout
+    assert "libtorch" not in linked and "libcudart" not in linked, linked
+
+
+def test_info_says_what_is_there():
+    text = info.report()
+    for part in (
+        f"torch {torch.__version__.split('+')[0]}",
+        "attention backends",
+        "reference",
+        "sdpa",
+        "triton",
+        "CUDA extension",
+    ):
+        assert part in text, text
+    done = subprocess.run([sys.executable, "-m", "hlip_kernels.info"], capture_output=True, text=True)
+    assert done.returncode == 0 and "attention backends" in done.stdout
+
+
+def test_import_needs_neither_triton_nor_the_model_packages():
+    hidden = ("triton", "timm", "open_clip", "transformers", "SimpleITK", "pydicom", "hlip_kernels._C")
+    code = (
+        "import sys\n"
+        f"for name in {hidden!r}: sys.modules[name] = None\n"
+        "import torch, hlip_kernels, hlip\n"
+        "from hlip_kernels import Layout, attention\n"
+        "layout = Layout.from_lengths([3, 5])\n"
+        "q = torch.randn(8, 2, 16)\n"
+        "attention(q, q, q, layout, 'segment')\n"
+        "from hlip_kernels.info import report\n"
+        "assert 'triton is not installed' in report()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_importing_the_kernels_does_not_import_triton_or_hlip():
+    code = "import sys, hlip_kernels; assert 'hlip' not in sys.modules; print('triton' in sys.modules)"
+    plain = "import sys, torch; print('triton' in sys.modules)"
+    with_ours, without = (subprocess.run([sys.executable, "-c", c], capture_output=True, text=True) for c in (code, plain))
+    assert with_ours.returncode == 0, with_ours.stderr
+    assert with_ours.stdout == without.stdout

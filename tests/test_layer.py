@@ -1,0 +1,135 @@
+"""``HierarchicalAttention``: timm's weights and results, packed rows, compilation without breaks or recompilation."""
+
+import pytest
+import torch
+from attention_truth import LEVELS, RAGGED, make, naive_mask, relative
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from hlip_kernels import HierarchicalAttention, Layout, segment_mean, switch_level
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"qkv_bias": True}, {"qk_norm": True, "norm_layer": torch.nn.LayerNorm}, {"qkv_bias": True, "proj_bias": False}],
+    ids=str,
+)  # fmt: skip
+def test_loads_timm_and_computes_the_same(options):
+    timm = pytest.importorskip("timm.layers")
+    theirs = timm.Attention(48, num_heads=4, **options)
+    ours = HierarchicalAttention(48, num_heads=4, **options)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(3, 11, 48, requires_grad=True)
+    expected, got = theirs(x), ours(x)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    a, b = (torch.autograd.grad(y.square().sum(), [x, *m.parameters()]) for y, m in ((expected, theirs), (got, ours)))
+    # Not relative: the gradient of a bias of the keys is zero, and what is left is rounding.
+    assert all(torch.allclose(q, p, rtol=1e-4, atol=1e-4) for p, q in zip(a, b, strict=True))
+    # The same dense batch as packed rows: every element a segment.
+    layout = Layout.from_lengths([11, 11, 11])
+    torch.testing.assert_close(ours(x.flatten(0, 1), layout, "segment").view(3, 11, 48), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("pattern", [{}, {"neighbours": 1}, {"summary": "study"}], ids=str)
+def test_packed_rows_equal_dense_masked_attention(level, pattern):
+    if level == "study" and pattern:
+        pytest.skip("the coarsest level has no siblings")
+    layout = make(RAGGED, 2, 16)
+    layer = HierarchicalAttention(32, 2, qkv_bias=True, **pattern)
+    x = torch.randn(layout.num_rows, 32)
+    mask = naive_mask(RAGGED, 2, layout.num_rows, level, **pattern)
+    live = mask.any(1)
+    q, k, v = layer.qkv(x).view(-1, 3, 2, 16).permute(1, 2, 0, 3)
+    dense = torch.nn.functional.scaled_dot_product_attention(q[:, live], k[:, live], v[:, live], mask[live][:, live])
+    expected = layer.proj(dense.transpose(0, 1).flatten(1))
+    torch.testing.assert_close(layer(x, layout, level)[live], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_only_in_training():
+    layout = make(RAGGED, 1)
+    layer = HierarchicalAttention(16, 2, proj_drop=0.5)
+    x = torch.randn(layout.num_rows, 16)
+    assert not torch.equal(layer(x, layout, "scan"), layer(x, layout, "scan"))
+    layer.eval()
+    assert torch.equal(layer(x, layout, "scan"), layer(x, layout, "scan"))
+
+
+def test_bad_arguments_are_named():
+    layout = make(RAGGED, 1)
+    layer = HierarchicalAttention(16, 2)
+    with pytest.raises(ValueError, match="divisible"):
+        HierarchicalAttention(16, 3)
+    with pytest.raises(ValueError, match="both layout and level"):
+        layer(torch.randn(layout.num_rows, 16), layout)
+    with pytest.raises(ValueError, match="both layout and level"):
+        layer(torch.randn(2, 3, 16), level="scan")
+    with pytest.raises(ValueError, match="packed rows"):
+        layer(torch.randn(2, 3, 16), layout, "scan")
+    with pytest.raises(ValueError, match="dense"):
+        layer(torch.randn(3, 16))
+    assert "heads=2" in repr(layer) and "backend='auto'" in repr(layer)
+
+
+def test_autocast_runs_attention_in_half():
+    layout = make(RAGGED, 1)
+    layer = HierarchicalAttention(32, 2, qk_norm=True)
+    x = torch.randn(layout.num_rows, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, layout, "scan")
+    assert out.dtype == torch.bfloat16
+    assert relative(out, layer(x, layout, "scan")) < 0.02
+
+
+class Two(torch.nn.Module):
+    """Two levels, a change between them, and a pooled result: what a model compiles."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.a = HierarchicalAttention(32, 2, qkv_bias=True, **options)
+        self.b = HierarchicalAttention(32, 2, qkv_bias=True)
+
+    def forward(self, x, layout):
+        x = x + self.a(x, layout, "slice")
+        x = switch_level(x, layout, "slice", "study")
+        x = x + self.b(x, layout, "study")
+        return x, segment_mean(x, layout, "study")
+
+
+BATCHES = [
+    [[[5, 3], [17]], [[2, 9, 4]]],
+    [[[7, 3], [16]], [[2, 8, 4], [3]]],
+    RAGGED,
+    [[[64] * 3] * 2] * 5,
+    [[[12, 5]], [[3], [4], [200]], [[6], [7]]],
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"neighbours": 1, "summary": "study"}], ids=str)
+def test_compiles_whole_and_only_once(options):
+    torch._dynamo.reset()
+    model = Two(**options)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for i, lengths in enumerate(BATCHES):
+        layout = make(lengths, 2, 16)
+        layout.pattern("slice", **options)
+        x = torch.randn(layout.num_rows, 32, requires_grad=True)
+        expected, got = model(x * 1, layout), compiled(x * 1, layout)
+        for a, b in zip(expected, got, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        a, b = (torch.autograd.grad(sum(t.square().sum() for t in out), x)[0] for out in (expected, got))
+        assert relative(b, a) < 1e-5
+        once = counter.frame_count if i == 0 else once
+        assert counter.frame_count == once, f"compiled again for batch {i}"
+
+
+def test_an_unbuilt_pattern_says_so_under_compile():
+    torch._dynamo.reset()
+    layer = HierarchicalAttention(32, 2, neighbours=2)
+    layout = make(RAGGED, 1)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="layout.pattern"):
+        compiled(torch.randn(layout.num_rows, 32), layout, "slice")
+    layout.pattern("slice", neighbours=2)
+    torch._dynamo.reset()
+    compiled(torch.randn(layout.num_rows, 32), layout, "slice")
