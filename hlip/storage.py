@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what is said when reading one fails."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
     data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_atomically(path, lambda partial: save_file(data, partial))
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message, or its kind when it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _umask() -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..storage import reason
 from .position import inflate_table
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # pickle, zip and torch raise many kinds for a broken or hostile file
             raise ValueError(
-                f"{path}: cannot be read safely as weights (tensors in plain containers): {str(error).splitlines()[0]}"
+                f"{path}: cannot be read safely as weights (tensors in plain containers): {reason(error)}"
             ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

@@ -126,7 +126,7 @@ class HLIPEncoder(nn.Module):
         )
         # Under autocast the residual stream stays in the dtype of the weights, as in the published training.
         x = self.patch_embed(rows) + self._positions(full, keep).to(dtype)
-        return torch.cat([x, self._prefix(layout)]), layout
+        return torch.cat([x, self.prefix(layout)]), layout
 
     def _positions(self, layout: Layout, keep: Tensor | None) -> Tensor:
         """Position embedding of every (kept) patch row, ``(T, C)`` float32."""
@@ -165,7 +165,7 @@ class HLIPEncoder(nn.Module):
         index = torch.from_numpy(index).to(device, non_blocking=True)
         return index if keep is None else index[keep]
 
-    def _prefix(self, layout: Layout) -> Tensor:
+    def prefix(self, layout: Layout) -> Tensor:
         """The tail ``(R - T, C)``: every segment of the first level gets the learnt prefix tokens, the rest zeros."""
         tokens = torch.cat([getattr(self, f"{name}_token")[0] for name in self.config.prefix])
         live = layout.num_segments(self.config.levels[0])

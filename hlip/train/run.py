@@ -18,6 +18,7 @@ import torch
 
 from ..model import HLIP, Encoder, Tokenizer, Variant, create_model, load_checkpoint, variant
 from ..model.text import TINY_BERT
+from ..storage import reason
 from .config import ModelConfig, TrainConfig, load_config
 
 
@@ -97,4 +98,4 @@ def load_state(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read as a training state: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: cannot be read as a training state: {reason(error)}") from error
