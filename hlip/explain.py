@@ -71,9 +71,7 @@ def occlusion(
 
     def score(kept: Tensor) -> Tensor:
         """Cosines ``(N,)`` of N copies of the study, copy ``i`` with the patches ``kept[i]`` (bool ``(N, T)``)."""
-        copies = Layout.from_grids(
-            list(whole.grids) * len(kept), num_prefix=whole.num_prefix, row_multiple=whole.row_multiple
-        )
+        copies = Layout.from_grids(list(whole.grids) * len(kept), num_prefix=whole.num_prefix, row_multiple=whole.row_multiple)
         layout = copies.drop(kept.flatten()).to(tokens.device)
         rows = tokens.repeat(len(kept), 1)[kept.flatten().to(tokens.device)]
         y = trunk.norm(trunk.run_blocks(torch.cat([rows, trunk.prefix(layout)]), layout))

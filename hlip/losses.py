@@ -61,6 +61,8 @@ class ContrastiveLoss(nn.Module):
             raise ValueError(f"one text for each study is needed: {len(image)} studies, {len(text)} texts")
         if self.kind == "siglip":
             if "logit_bias" not in features:
-                raise ValueError("the SigLIP loss needs a logit bias: create_model(..., init_logit_bias=-10)")
+                raise ValueError(
+                    "the SigLIP loss needs a logit bias: create_model(..., init_logit_bias=-10), and no dual model, whose bias is a scale"
+                )
             return self.loss(image, text, scale, features["logit_bias"])
         return self.loss(image, text, scale)

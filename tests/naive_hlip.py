@@ -47,7 +47,9 @@ def forward(state, config, x, scan_order=None):
         rows = torch.cat([prefix, patches], dim=1)  # prefix first, as published
         w_ = lambda name, i=i: state[f"blocks.{i}.{name}"]  # noqa: E731
         y = F.layer_norm(rows, (C,), w_("norm1.weight"), w_("norm1.bias"), 1e-6)
-        q, k, v = F.linear(y, w_("attn.qkv.weight"), w_("attn.qkv.bias")).view(*y.shape[:2], 3, H, C // H).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            F.linear(y, w_("attn.qkv.weight"), w_("attn.qkv.bias")).view(*y.shape[:2], 3, H, C // H).permute(2, 0, 3, 1, 4)
+        )
         attention = torch.softmax(q @ k.transpose(-1, -2) * (C // H) ** -0.5, dim=-1) @ v
         rows = rows + F.linear(attention.transpose(1, 2).flatten(2), w_("attn.proj.weight"), w_("attn.proj.bias"))
         y = F.layer_norm(rows, (C,), w_("norm2.weight"), w_("norm2.bias"), 1e-6)

@@ -110,7 +110,8 @@ class SimulatedStudies(torch.utils.data.Dataset):
             or image_size < 16
         ):
             raise ValueError(
-                "expected num_studies >= 0, image_size >= 16, 2 <= min_scans <= max_scans >= 3, 1 <= min_slices <= max_slices; got "
+                "expected num_studies >= 0, image_size >= 16, 2 <= min_scans <= max_scans >= 3, "
+                "1 <= min_slices <= max_slices; got "
                 f"{num_studies}, {image_size}, {min_scans} to {max_scans} scans, {min_slices} to {max_slices} slices"
             )
         unknown = set(findings) - set(CLASSES)
@@ -222,11 +223,8 @@ def render_scan(
         _add_lesion(signal, mask, points, plan.lesion, scan.contrast, brain)
     if artefacts:
         signal = _degrade(signal, scan.contrast, rng, moved)
-    if scan.contrast == "CT":
-        signal = np.clip(signal, 0, 1)
-    else:
-        low, high = np.percentile(signal[:, ::2, ::2], (0.5, 99.5))
-        signal = np.clip((signal - low) / max(high - low, 1e-6), 0, 1)
+    # A fixed window, not the picture's own percentiles: those would let a bright lesion dim everything around it.
+    signal = np.clip(signal, 0, 1)
     return torch.from_numpy((signal * 255).astype(np.uint8)), torch.from_numpy(mask)
 
 
@@ -312,13 +310,13 @@ def _add_spots(signal, points, spots: np.ndarray, contrast: str, white: np.ndarr
 
 
 def _degrade(signal: np.ndarray, contrast: str, rng: np.random.Generator, moved: bool) -> np.ndarray:
-    """Coil shading, ghosts of motion, and noise (Rician for MR, Gaussian for CT)."""
+    """Coil shading, gain, ghosts of motion, and noise (Rician for MR, Gaussian for CT)."""
     depth, rows, columns = signal.shape
     if contrast != "CT":
         u, v, w = (np.linspace(-1, 1, n, dtype=np.float32) for n in (depth, rows, columns))
         a = rng.normal(0, 0.10, 6).astype(np.float32)
         shading = 1 + a[0] * u[:, None, None] + (a[1] * v + a[2] * v**2)[None, :, None] + (a[3] * w + a[4] * w**2)[None, None]
-        signal = signal * np.clip(shading, 0.4, 1.8)
+        signal = signal * np.clip(shading, 0.4, 1.8) * np.float32(rng.uniform(0.9, 1.0))
     if moved:
         shift = int(rng.integers(rows // 6, rows // 3))
         signal = 0.85 * signal + 0.15 * np.roll(signal, shift, axis=1)

@@ -54,9 +54,11 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         The last zero-shot metrics, or ``None`` when there was nothing to evaluate on.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
     config.validate()
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     set_seed(config.seed, device_specific=True)
     folder = Path(config.run)

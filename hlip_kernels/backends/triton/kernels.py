@@ -179,8 +179,8 @@ def attention_backward_dq(
     for at in range(whole, k_total, BLOCK_N):
         rows_N = _row_of(at + n, k_patch, k_patches, k_prefix)
         dq_MD, sum_M = _dq_step(
-            dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_row, v_row, rows_N, at + n < k_total, d, scale_log2,
-            HEAD_DIM, True, PRECISION,
+            dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_row, v_row, rows_N, at + n < k_total, d,
+            scale_log2, HEAD_DIM, True, PRECISION,
         )  # fmt: skip
     if q_MD.dtype == tl.float32:
         norm_M = 1.0 / tl.where(sum_M > 0, sum_M, 1.0)
@@ -256,8 +256,8 @@ def attention_backward_dkdv(
     for at in range(whole, q_total, BLOCK_M):
         rows_M = _row_of(at + m, q_patch, q_patches, q_prefix)
         dk_ND, dv_ND = _dkdv_step(
-            dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, norm_base, q_row, do_row, rows_M, at + m < q_total, d,
-            scale_log2, HEAD_DIM, True, PRECISION,
+            dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, norm_base, q_row, do_row, rows_M, at + m < q_total,
+            d, scale_log2, HEAD_DIM, True, PRECISION,
         )  # fmt: skip
     _store_tile(dk + head * dk_head, rows_N, dk_row, d, ok_N, dk_ND * scale, HEAD_DIM)
     _store_tile(dv + head * dv_head, rows_N, dv_row, d, ok_N, dv_ND, HEAD_DIM)

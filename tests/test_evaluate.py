@@ -1,0 +1,110 @@
+"""Prompts, classifiers and metrics."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("open_clip")
+
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from tiny import tiny_model
+
+from hlip.evaluate import benchmark, classification_metrics, zero_shot_classifier
+from hlip.evaluate.prompts import benchmarks, parse
+
+
+def test_published_benchmarks_read_and_have_their_classes():
+    counts = {name: len(benchmark(name).classes) for name in benchmarks()}
+    assert counts and all(n >= 2 for n in counts.values()), counts
+    for name in benchmarks():
+        for prompts in benchmark(name).prompts.values():
+            assert prompts and all(p.strip() and "{c}" not in p for p in prompts)
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ({}, "classes"), ({"classes": ["a"], "tempates": []}, "tempates"), ({"classes": ["a"], "kind": "x"}, "kind"),
+        ({"classes": ["a"], "templates": ["no place"]}, "no place"), ({"classes": ["a"], "plain": ["b"]}, "b"), ([], "classes"),
+    ],
+)  # fmt: skip
+def test_bad_prompt_files_are_explained(entry, words):
+    with pytest.raises(ValueError, match=words):
+        parse("mine", entry)
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("kind: multiclass\nclasses: {a: [one, two], b: three}\nplain: [b]\ntemplates: ['X {c}.', 'Y {c}.']\n")
+    mine = benchmark(path)
+    assert mine.name == "mine" and mine.classes == ["a", "b"]
+    assert mine.prompts["a"] == ("X one.", "Y one.", "X two.", "Y two.") and mine.prompts["b"] == ("X three.",)
+    with pytest.raises(FileNotFoundError):
+        benchmark(tmp_path / "no.yaml")
+    with pytest.raises(ValueError, match="choose one of"):
+        benchmark("no-such-benchmark")
+    path.write_text("a: [")
+    with pytest.raises(ValueError, match="YAML"):
+        benchmark(path)
+
+
+class Words:
+    """A tokenizer of one id per character."""
+
+    def __call__(self, texts):
+        width = max(map(len, texts))
+        return torch.tensor([[ord(c) % 190 + 5 for c in t] + [0] * (width - len(t)) for t in texts])
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_a_class_is_the_mean_of_its_normalised_prompts(kind):
+    model = tiny_model().train()
+    entry = {"kind": kind, "classes": {"a": ["one", "two"], "b": "six"}, "templates": ["{c}", "x{c}"]}
+    classifier = zero_shot_classifier(model, Words(), parse("t", entry), batch_size=3)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        f = [model.encode_text(Words()([p]), normalize=True)[0] for p in ("one", "xone", "two", "xtwo", "six", "xsix")]
+    for row, part in zip(classifier.weights, (f[:4], f[4:]), strict=True):
+        mean = torch.stack(part).mean(0)
+        torch.testing.assert_close(row, mean / mean.norm(), rtol=1e-4, atol=1e-5)
+    images = torch.randn(3, 2, 24)
+    cosine = torch.nn.functional.normalize(images[:, 0], dim=-1) @ classifier.weights.T
+    scores = classifier.scores(images)
+    expected = torch.softmax(float(model.logit_scale.exp().detach()) * cosine, -1) if kind == "multiclass" else cosine
+    torch.testing.assert_close(scores, expected)
+
+
+def test_multiclass_metrics_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 60)
+    scores, labels = rng.random((60, 3)), np.eye(3)[y]
+    metrics = classification_metrics(scores, labels, ["a", "b", "c"], "multiclass")
+    assert metrics.macro_auc == pytest.approx(np.mean([roc_auc_score(y == c, scores[:, c]) for c in range(3)]))
+    assert metrics.macro_balanced_accuracy == pytest.approx(balanced_accuracy_score(y, scores.argmax(1)))
+    assert sum(metrics.positives) == 60 and "macro mean" in metrics.table()
+
+
+def test_multilabel_metrics_skip_unknown_labels_and_absent_classes():
+    scores = np.array([[0.1, 0.5, 0.2], [0.9, 0.2, 0.1], [0.4, 0.1, 0.3], [0.8, 0.3, 0.3]])
+    labels = np.array([[0, 0, 1], [1, 0, np.nan], [0, 0, 0], [1, 0, 1]])
+    metrics = classification_metrics(scores, labels, ["a", "b", "c"])
+    assert metrics.auc[0] == 1.0 and math.isnan(metrics.auc[1]) and metrics.auc[2] == pytest.approx(0.25)
+    assert metrics.macro_auc == pytest.approx((1.0 + metrics.auc[2]) / 2) and metrics.balanced_accuracy[0] == 1.0
+    assert metrics.table().count("-") >= 2
+
+
+@pytest.mark.parametrize(
+    "scores, labels, kind, words",
+    [
+        (np.zeros((2, 3)), np.zeros((2, 2)), "multilabel", "classes"),
+        (np.full((2, 2), np.nan), np.zeros((2, 2)), "multilabel", "2 studies are not finite"),
+        (np.zeros((2, 2)), np.full((2, 2), 2), "multilabel", "0 or 1"),
+        (np.zeros((2, 2)), np.zeros((2, 2)), "multiclass", "exactly one"),
+    ],
+)
+def test_bad_scores_are_refused(scores, labels, kind, words):
+    with pytest.raises(ValueError, match=words):
+        classification_metrics(scores, labels, ["a", "b"], kind)
