@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .evaluate import zero_shot_classifier
-from .explain import relevance
+from .explain import occlusion
 from .simulate import SimulatedStudies, simulated_benchmark
 from .train.config import config_from
 from .train.loop import train
@@ -53,8 +53,8 @@ def demo(run: str | Path, *, minutes: float | None = None) -> int:
 def draw(run: Run, path: Path, *, candidates: int = 24) -> tuple[Path, str]:
     """One held-out study with the relevance of its finding over its scans, and in words how often relevance hits.
 
-    The study is the first with a finding that the model names rightly. The words count, over the first ``candidates``
-    such studies, how often the most relevant voxel lies in the lesion or within one patch of it.
+    The study is the first with a finding that the model names rightly and whose most relevant patch is a hit, or else the
+    first it names rightly. The words count hits over the first ``candidates`` studies with a finding.
     """
     data = run.config.data
     studies = SimulatedStudies(
@@ -63,30 +63,28 @@ def draw(run: Run, path: Path, *, candidates: int = 24) -> tuple[Path, str]:
     )  # fmt: skip
     classifier = zero_shot_classifier(run.model, run.tokenizer, simulated_benchmark())
     classes = classifier.benchmark.classes
-    normal = classifier.weights[classes.index("normal")]
     patch = run.model.config.encoder.patch_size
-    chosen, hits, tried, chance = None, 0, 0, []
+    chosen, chosen_hit, hits, tried, chance = None, False, 0, 0, []
     for i in range(len(studies)):
         if studies.finding(i) == "normal":
             continue
         study = studies[i]
         target = classes.index(study.finding)
-        # What speaks for the finding rather than for a normal study.
-        maps = relevance(run.model, study.scans, classifier.weights[target] - normal)
-        near = [_within(mask, patch) for mask in study.lesion_masks]
-        tried += 1
-        hits += bool(_at_maximum(maps, near))
-        chance.append(sum(int(m.sum()) for m in near) / sum(m.numel() for m in near))
-        if chosen is None and _answer(run, classifier, study) == study.finding:
-            chosen = study, maps
+        # What speaks for this finding rather than for the others.
+        others = [row for c, row in enumerate(classifier.weights) if c != target]
+        maps = occlusion(run.model, study.scans, classifier.weights[target] - torch.stack(others).mean(0))
+        hit, share = _hit(maps, study, patch)
+        tried, hits, chance = tried + 1, hits + hit, [*chance, share]
+        if (chosen is None or (hit and not chosen_hit)) and _answer(run, classifier, study) == study.finding:
+            chosen, chosen_hit = (study, maps), hit
         if tried == candidates:
             break
     if chosen is None:
         return path, "The model named no finding rightly; there is nothing to draw."
     _figure(*chosen, path)
     return path, (
-        f"The most relevant place lies in the lesion, or within a patch of it, in {hits} of {tried} held-out studies "
-        f"({sum(chance) / len(chance):.0%} of the voxels do)."
+        f"The most relevant patch lies on the lesion, in a scan that shows it, in {hits} of {tried} held-out studies "
+        f"(chance: {sum(chance) / len(chance):.0%})."
     )
 
 
@@ -98,16 +96,17 @@ def _answer(run: Run, classifier, study) -> str:
     return classifier.benchmark.classes[int(classifier.cosine(features)[0].argmax())]
 
 
-def _within(mask: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
-    """The mask grown by one patch in every direction."""
-    kernel = [2 * p + 1 for p in patch]
-    grown = torch.nn.functional.max_pool3d(mask[None, None].float(), kernel, stride=1, padding=tuple(patch))
-    return grown[0, 0] > 0
-
-
-def _at_maximum(maps: list[torch.Tensor], masks: list[torch.Tensor]) -> bool:
+def _hit(maps: list[torch.Tensor], study, patch: tuple[int, int, int]) -> tuple[bool, float]:
+    """Whether the patch with the highest relevance holds some of the lesion, seen; and the share of patches that do."""
     best = max(range(len(maps)), key=lambda i: float(maps[i].max()) if maps[i].numel() else -1.0)
-    return bool(masks[best].flatten()[int(maps[best].argmax())])
+    peak = np.unravel_index(int(maps[best].argmax()), maps[best].shape)
+    hit, touched, total = False, 0, 0
+    for i, (mask, visible) in enumerate(zip(study.lesion_masks, study.visible, strict=True)):
+        on_lesion = torch.nn.functional.max_pool3d(mask[None].float(), patch, ceil_mode=True)[0] * visible
+        touched, total = touched + int(on_lesion.sum()), total + on_lesion.numel()
+        if i == best:
+            hit = bool(on_lesion[tuple(int(p) // n for p, n in zip(peak, patch, strict=True))])
+    return hit, touched / total
 
 
 def _figure(study, maps: list[torch.Tensor], path: Path) -> None:

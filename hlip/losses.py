@@ -62,7 +62,7 @@ class ContrastiveLoss(nn.Module):
         if self.kind == "siglip":
             if "logit_bias" not in features:
                 raise ValueError(
-                    "the SigLIP loss needs a logit bias: create_model(..., init_logit_bias=-10), and no dual model, whose bias is a scale"
+                    "the SigLIP loss needs a logit bias: create_model(..., init_logit_bias=-10); in a dual model it is a scale"
                 )
             return self.loss(image, text, scale, features["logit_bias"])
         return self.loss(image, text, scale)

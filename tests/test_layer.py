@@ -9,9 +9,10 @@ from hlip_kernels import HierarchicalAttention, Layout, segment_mean, switch_lev
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"qkv_bias": True}, {"qk_norm": True, "norm_layer": torch.nn.LayerNorm}, {"qkv_bias": True, "proj_bias": False}],
+    "options",
+    [{}, {"qkv_bias": True}, {"qk_norm": True, "norm_layer": torch.nn.LayerNorm}, {"qkv_bias": True, "proj_bias": False}],
     ids=str,
-)  # fmt: skip
+)
 def test_loads_timm_and_computes_the_same(options):
     timm = pytest.importorskip("timm.layers")
     theirs = timm.Attention(48, num_heads=4, **options)

@@ -82,7 +82,11 @@ def test_drop(lengths, num_prefix, data):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("block", [16, 64])
-@given(lengths=ragged_lengths(), num_prefix=st.sampled_from((1, 2)), pattern=st.sampled_from([{}, {"neighbours": 1}, {"summary": "study"}]))  # fmt: skip
+@given(
+    lengths=ragged_lengths(),
+    num_prefix=st.sampled_from((1, 2)),
+    pattern=st.sampled_from([{}, {"neighbours": 1}, {"summary": "study"}]),
+)
 def test_tiles_cover_every_row_once_and_longest_first(block, transposed, lengths, num_prefix, pattern):
     layout = make(lengths, num_prefix, 32)
     plan = Plan.of(layout.pattern("slice", **pattern))

@@ -32,7 +32,12 @@ def naive_mean(x, lengths, level):
 
 
 @pytest.mark.parametrize("dtype", (*FLOATS, torch.float64), ids=str)
-@given(lengths=ragged_lengths(), num_prefix=st.sampled_from(PREFIXES), level=st.sampled_from(LEVELS), channels=st.sampled_from((0, 1, 7, 64)))  # fmt: skip
+@given(
+    lengths=ragged_lengths(),
+    num_prefix=st.sampled_from(PREFIXES),
+    level=st.sampled_from(LEVELS),
+    channels=st.sampled_from((0, 1, 7, 64)),
+)
 def test_segment_mean_on_ragged_layouts(dtype, lengths, num_prefix, level, channels):
     layout = make(lengths, num_prefix, 8)
     x = torch.randn(layout.num_rows, channels).to(dtype)

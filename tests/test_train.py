@@ -262,8 +262,8 @@ def test_the_cache_is_used_and_follows_changes(folder, tmp_path):
 
 CONFIG = {
     "batch_size": 2, "epochs": 4, "lr": 1e-3, "evaluate_every": 2,
-    "model": {"image_size": [24, 64, 64], "patch_size": [4, 32, 32], "width": 48, "heads": 2, "embed_dim": 16, "patch_dropout": 0.25,
-              "levels": ["slice", "study"]},
+    "model": {"image_size": [24, 64, 64], "patch_size": [4, 32, 32], "width": 48, "heads": 2, "embed_dim": 16,
+              "patch_dropout": 0.25, "levels": ["slice", "study"]},
     "data": {"workers": 0, "preset": "mri"},
 }  # fmt: skip
 
