@@ -110,16 +110,16 @@ def _hit(maps: list[torch.Tensor], study, patch: tuple[int, int, int]) -> tuple[
 
 
 def _figure(study, maps: list[torch.Tensor], path: Path) -> None:
-    """A row per scan: its most relevant slice plain, with the relevance over it, and with the true outline."""
+    """A row per scan: its most relevant slice (or the middle one), the relevance over it, and the true outline."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = len(study.scans)
-    figure, axes = plt.subplots(rows, 3, figsize=(7.2, 2.35 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, 3, figsize=(7.2, 2.35 * rows + 0.9), squeeze=False)
     for row, (scan, name, heat, mask) in enumerate(zip(study.scans, study.names, maps, study.lesion_masks, strict=True)):
-        k = int(heat.amax(dim=(1, 2)).argmax())
+        k = int(heat.amax(dim=(1, 2)).argmax()) if heat.max() > 0.15 else len(heat) // 2
         image = scan[k].numpy()
         titles = (f"{name}, slice {k + 1} of {len(scan)}", "relevance for the finding", "the simulated lesion")
         for column, title in enumerate(titles):
@@ -132,9 +132,11 @@ def _figure(study, maps: list[torch.Tensor], path: Path) -> None:
             axes[row][2].contour(mask[k].numpy(), levels=[0.5], colors="tab:red", linewidths=1)
     report = " ".join(study.sentences)
     figure.suptitle(
-        f"Held-out study: {study.finding}\n{report[:230] + ('...' if len(report) > 230 else '')}", fontsize=8, wrap=True
+        f"Held-out study: {study.finding}\n{report[:230] + ('...' if len(report) > 230 else '')}",
+        fontsize=8,
+        wrap=True,
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.2 / (2.35 * rows + 0.9)))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
