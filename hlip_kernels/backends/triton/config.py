@@ -38,13 +38,13 @@ _NVIDIA = {
         16: Config(128, 32, 4, 2),
         32: Config(128, 32, 4, 2),
         64: Config(128, 64, 8, 2),
-        128: Config(64, 64, 8, 2),
+        128: Config(64, 32, 4, 2),
     },
     ("attention_backward_dkdv", 2): {
         16: Config(64, 128, 8, 2),
         32: Config(64, 128, 8, 2),
         64: Config(64, 128, 8, 2),
-        128: Config(64, 64, 8, 2),
+        128: Config(32, 64, 8, 2),
     },
     ("attention_forward", 4): {
         16: Config(64, 32, 8, 1),
