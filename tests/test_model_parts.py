@@ -326,7 +326,10 @@ def test_tokenizer_learnt_from_reports(tmp_path):
     tokenizer = train_tokenizer(["There is a mass.", "No acute infarct."], tmp_path / "t", context_length=6)
     ids = tokenizer(["There is a mass.", "no ACUTE infarct " * 9])
     assert ids.shape == (2, 6) and ids.dtype == torch.int64
+    assert (ids != tokenizer(["?"])[0, 1]).all()  # every word is known
     again = Tokenizer(tmp_path / "t", 6)
+    train_tokenizer(["No acute infarct.", "There is a mass."], tmp_path / "same", context_length=6)
+    assert (tmp_path / "same" / "tokenizer.json").read_text() == (tmp_path / "t" / "tokenizer.json").read_text()
     assert torch.equal(again(["a mass"]), tokenizer(["A mass"])) and again([]).shape[0] == 0
     with pytest.raises(ValueError, match="no text"):
         train_tokenizer([" "], tmp_path / "u")

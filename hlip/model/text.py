@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -87,7 +88,10 @@ class Tokenizer:
 def train_tokenizer(
     texts: Iterable[str], folder: str | Path, *, vocab_size: int = 1024, context_length: int = 256
 ) -> Tokenizer:
-    """A lower-case WordPiece tokenizer learnt from one's own reports, saved into ``folder``. Needs no network.
+    """A lower-case WordPiece tokenizer with the words of one's own reports, saved into ``folder``. Needs no network.
+
+    The vocabulary is every character, alone and as a continuation, and then the most frequent words; the same texts always
+    give the same one (the trainer of ``tokenizers`` breaks ties by hash order, so that runs would not repeat).
 
     Raises:
         ValueError: there is no text to learn from.
@@ -95,13 +99,17 @@ def train_tokenizer(
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
 
-    texts = list(texts)
-    if not any(text.strip() for text in texts):
+    plain = BertWordPieceTokenizer(lowercase=True)._tokenizer
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(word for word, _ in plain.pre_tokenizer.pre_tokenize_str(plain.normalizer.normalize_str(text)))
+    if not words:
         raise ValueError("no text to learn a tokenizer from: all reports are empty")
-    learnt = BertWordPieceTokenizer(lowercase=True)
-    learnt.train_from_iterator(
-        texts, vocab_size=vocab_size, min_frequency=1, special_tokens=list(_SPECIAL), show_progress=False
-    )
+    characters = sorted({character for word in words for character in word})
+    pieces = [*_SPECIAL, *characters, *(f"##{character}" for character in characters)]
+    pieces += [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0])) if len(word) > 1]
+    vocabulary = {piece: i for i, piece in enumerate(pieces[: max(vocab_size, len(_SPECIAL) + 2 * len(characters))])}
+    learnt = BertWordPieceTokenizer(vocab=vocabulary, lowercase=True)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fast = BertTokenizerFast(tokenizer_object=learnt._tokenizer, do_lower_case=True)
