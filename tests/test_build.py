@@ -1,6 +1,5 @@
 """The build: what setup.py decides and says, and the extension that comes out."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,31 +38,27 @@ def test_architectures_without_a_gpu(build, monkeypatch):
     assert build["cuda_architectures"]() == "80;90"
 
 
-@pytest.mark.parametrize(
-    "environment, words",
-    [
-        ({"HLIP_BUILD_CUDA": "0"}, ["left out", "HLIP_BUILD_CUDA=0"]),
-        ({"PATH": "/usr/bin:/bin", "CUDA_HOME": "", "HLIP_BUILD_CUDA": ""}, None),
-    ],
-)
-def test_leaving_the_extension_out_takes_one_line(environment, words, tmp_path):
-    """Runs the real build command in a copy of what it needs."""
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / "hlip_kernels").mkdir()
-    (tmp_path / "hlip_kernels" / "__init__.py").write_text("")
-    (tmp_path / "hlip").mkdir()
-    (tmp_path / "hlip" / "__init__.py").write_text("")
-    if words is None and any(Path(p, "nvcc").exists() for p in ("/usr/bin", "/bin", "/usr/local/cuda/bin")):
-        pytest.skip("nvcc is where it cannot be hidden")
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, **environment},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("hlip-kernels:")]
-    assert len(lines) == 1, done.stderr
-    assert all(word in lines[0] for word in words or ["left out", "nvcc was not found"])
+@pytest.mark.parametrize("setting, nvcc, words", [("0", "/bin/nvcc", "HLIP_BUILD_CUDA=0"), ("", None, "nvcc was not found")])
+def test_leaving_the_extension_out_takes_one_line(build, setting, nvcc, words, tmp_path, monkeypatch, capsys):
+    from setuptools import Distribution
+
+    monkeypatch.setenv("HLIP_BUILD_CUDA", setting)
+    build["find_nvcc"] = lambda: nvcc
+    command = build["CMakeBuild"](Distribution())
+    monkeypatch.setattr(command, "output_folder", lambda: tmp_path)
+    command.run()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hlip-kernels:")]
+    assert len(lines) == 1 and "left out" in lines[0] and words in lines[0]
+    assert words in (tmp_path / "_build_note.txt").read_text()
+
+
+def test_asking_for_the_extension_without_nvcc_fails(build, monkeypatch):
+    from setuptools import Distribution
+
+    monkeypatch.setenv("HLIP_BUILD_CUDA", "1")
+    build["find_nvcc"] = lambda: None
+    with pytest.raises(RuntimeError, match="HLIP_BUILD_CUDA=1.*nvcc was not found"):
+        build["CMakeBuild"](Distribution()).run()
 
 
 def test_the_extension_is_built_where_nvcc_is():

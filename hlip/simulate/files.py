@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .study import _PLANES, SimulatedStudy
+from .study import PLANES, SimulatedStudy
 
 # (right, anterior, superior) in SimpleITK's axes (left, posterior, superior).
 _TO_LPS = np.array([-1.0, -1.0, 1.0])
@@ -29,7 +29,7 @@ def write_study(study: SimulatedStudy, folder: str | Path) -> Path:
         image = sitk.GetImageFromArray(scan.numpy())
         image.SetSpacing([float(mm) for mm in reversed(spacing)])
         direction = np.zeros((3, 3))
-        for column, (axis, sense) in enumerate(reversed(_PLANES[name.split()[0]])):  # columns, rows, slices
+        for column, (axis, sense) in enumerate(reversed(PLANES[name.split()[0]])):  # columns, rows, slices
             direction[axis, column] = sense * _TO_LPS[axis]
         image.SetDirection(direction.ravel().tolist())
         centre = direction @ (np.array(image.GetSpacing()) * (np.array(image.GetSize()) - 1) / 2)

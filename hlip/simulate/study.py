@@ -20,7 +20,7 @@ _CENTRE = np.array([0.0, -18.0, 10.0])  # of the head, mm
 _FIELD = 192.0  # field of view, mm
 # Depth, rows, columns of each plane as axes of (right, anterior, superior), with the sense in which they grow: right,
 # posterior, inferior, the axes that the published preparation turns every scan to.
-_PLANES = {
+PLANES = {
     "axial": ((2, -1), (1, -1), (0, 1)),
     "coronal": ((1, -1), (2, -1), (0, 1)),
     "sagittal": ((0, 1), (2, -1), (1, -1)),
@@ -237,7 +237,7 @@ def _points(plan: StudyPlan, scan: ScanPlan, size: int) -> np.ndarray:
         (np.arange(size) - (size - 1) / 2) * pixel,
     ]
     local = np.zeros((scan.slices, size, size, 3), dtype=np.float32)
-    for array_axis, ((axis, sense), values) in enumerate(zip(_PLANES[scan.plane], ticks, strict=True)):
+    for array_axis, ((axis, sense), values) in enumerate(zip(PLANES[scan.plane], ticks, strict=True)):
         shape = [1, 1, 1]
         shape[array_axis] = -1
         local[..., axis] = (sense * values).reshape(shape)
@@ -267,7 +267,7 @@ def _shown(lesion: Lesion, scans: Sequence[ScanPlan], pose: np.ndarray) -> Lesio
     local = np.linalg.solve(pose[:, :3], lesion.centre - pose[:, 3])
     best, move = None, None
     for scan in showing:
-        axis, sense = _PLANES[scan.plane][0]
+        axis, sense = PLANES[scan.plane][0]
         ticks = sense * (np.arange(scan.slices) - (scan.slices - 1) / 2) * scan.spacing
         away = ticks - local[axis]
         nearest = away[np.abs(away).argmin()]
