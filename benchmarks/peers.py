@@ -85,10 +85,9 @@ def _published(workload: Workload, level: str, device: torch.device) -> Peer:
     longest, P = max(map(len, rows)), workload.layout.num_prefix
     patches = np.stack([np.resize(r[: len(r) - P], longest - P) if len(r) > P else np.zeros(longest - P, int) for r in rows])
     prefix = np.stack([r[len(r) - P :] for r in rows])
-    patch_index = torch.from_numpy(patches.ravel()).to(device)
-    prefix_index = torch.from_numpy(prefix.ravel()).to(device)
     n = len(rows)
-    own = torch.from_numpy(np.concatenate([s * longest + np.arange(len(r) - P) for s, r in enumerate(rows)])).to(device)
+    patch_index, prefix_index = _selection(patches.ravel(), device), _selection(prefix.ravel(), device)
+    own = _selection(np.concatenate([s * (longest - P) + np.arange(len(r) - P) for s, r in enumerate(rows)]), device)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = []
@@ -96,12 +95,18 @@ def _published(workload: Workload, level: str, device: torch.device) -> Peer:
             both = torch.cat([t[patch_index].unflatten(0, (n, longest - P)), t[prefix_index].unflatten(0, (n, P))], dim=1)
             parts.append(both.transpose(1, 2))
         out = F.scaled_dot_product_attention(*parts).transpose(1, 2)
-        flat = out.flatten(0, 1)
-        tail = out[:, longest - P :].flatten(0, 1)
-        dead = q.shape[0] - len(own) - len(tail)
-        return torch.cat([flat[own], tail, tail.new_zeros((dead, *tail.shape[1:]))])
+        body, tail = out[:, : longest - P].flatten(0, 1)[own], out[:, longest - P :].flatten(0, 1)
+        dead = q.shape[0] - len(body) - len(tail)
+        return torch.cat([body, tail, tail.new_zeros((dead, *tail.shape[1:]))])
 
     return Peer("published path", run)
+
+
+def _selection(rows: np.ndarray, device: torch.device) -> Tensor | slice:
+    """What to index with to get these rows: a slice, hence a view, if they follow one another."""
+    if len(rows) and (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows).to(device)
 
 
 def _padded(workload: Workload, level: str, device: torch.device) -> Peer:

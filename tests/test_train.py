@@ -300,6 +300,32 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, monkeypatch):
     assert not list((tmp_path / "parts").glob(".*.partial"))
 
 
+def test_a_long_epoch_is_saved_on_the_way(folder, tmp_path, monkeypatch):
+    from hlip.train.loop import Trainer
+
+    original, seen = Trainer.train_step, []
+
+    def interrupted(self, batches):
+        if len(seen) == 2:  # of three steps in an epoch
+            raise KeyboardInterrupt
+        seen.append([name for batch in batches for name in batch.names])
+        return original(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(folder, tmp_path, epochs=1, save_minutes=1e-9), progress=False)
+    assert load_state(tmp_path / "state.pt")["step"] == 2
+
+    def watched(self, batches):
+        seen.append([name for batch in batches for name in batch.names])
+        return original(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    train(run_config(folder, tmp_path, epochs=1), resume=True, progress=False)
+    assert load_state(tmp_path / "state.pt")["step"] == 3
+    assert len(seen) == 3 and len(set(sum(seen, []))) == len(sum(seen, []))  # each study once, none of them again
+
+
 def test_accumulation_bf16_and_every_loss_run(folder, tmp_path):
     for i, changes in enumerate(
         ({"accumulate": 3, "precision": "bf16"}, {"model": {**CONFIG["model"], "loss": "siglip"}},

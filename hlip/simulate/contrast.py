@@ -28,8 +28,8 @@ LESION_SIGNAL = {
         "FLAIR": {"core": 0.90},
     },
     "mass": {  # T1 after contrast agent
-        "T1": {"core": 0.70, "rim": 1.00},
-        "T2": {"core": 1.00, "rim": 1.00, "oedema": 0.70},
+        "T1": {"core": 0.15, "rim": 1.00},
+        "T2": {"core": 1.00, "rim": 0.20, "oedema": 0.90},
     },
 }
 SPOT_SIGNAL = {"T2": 0.70, "FLAIR": 0.80}

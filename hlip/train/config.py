@@ -102,6 +102,7 @@ class TrainConfig:
             dual loss takes both.
         prompt: starts every text.
         max_minutes: stop in time, after finishing the step, evaluating and saving; 0 for no limit.
+        save_minutes: the state is saved after every epoch, and as often as this inside a long one; 0 for after epochs only.
         evaluate_every: epochs between zero-shot evaluations; 0 for only at the end.
         prompts: a benchmark's name or a YAML file; for simulated studies their own.
         seed: of everything.
@@ -124,6 +125,7 @@ class TrainConfig:
     text_mode: str = "report"
     prompt: str = "This study shows: "
     max_minutes: float = 0.0
+    save_minutes: float = 15.0
     evaluate_every: int = 1
     prompts: str = ""
     seed: int = 0
@@ -140,6 +142,7 @@ class TrainConfig:
             "model.loss": self.model.loss in ("", "clip", "siglip", "dual"),
             "model.patch_dropout": 0 <= self.model.patch_dropout < 1,
             "data.workers": self.data.workers >= 0,
+            "save_minutes": self.save_minutes >= 0,
         }
         wrong = [name for name, ok in checks.items() if not ok]
         if wrong:

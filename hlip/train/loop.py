@@ -126,7 +126,7 @@ class Trainer:
             parameter_groups(model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.saved = 0, 0.0, time.monotonic()
         self.folder = Path(config.run)
         self.writer = None
 
@@ -153,6 +153,8 @@ class Trainer:
                     self._show(bar, batches, loss, time.monotonic() - tic)
                     if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps or self._late():
                         break
+                    if self.config.save_minutes and time.monotonic() - self.saved > self.config.save_minutes * 60:
+                        self.save()
                 every = self.config.evaluate_every
                 if every and self.step % (every * self.steps_per_epoch) == 0:
                     metrics, evaluated = self.evaluate(bar), self.step
@@ -233,6 +235,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes weights and state; an interrupted write leaves the last good ones."""
+        self.saved = time.monotonic()
         if not self.accelerator.is_main_process:
             return
         model = self.accelerator.unwrap_model(self.model)

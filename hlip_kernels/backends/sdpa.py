@@ -1,7 +1,8 @@
 """torch's own fused attention over groups of segments of equal length: no padding, any device.
 
 Records are grouped by (query length, key length); each group's rows are gathered into ``(n, H, L, D)`` and attended in one
-call. A group whose rows already lie one after the other is used where it is, without a copy.
+call. A group whose rows already lie one after the other is used where it is, without a copy, or if its patch rows and its
+prefix rows each do, as in a rectangular batch, joined from the two.
 """
 
 from __future__ import annotations
@@ -19,25 +20,44 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Rows:
-    """``n`` segments of ``length`` rows: their row indices, or where they start when they follow one another."""
+    """The rows of ``n`` segments of ``length`` rows, each its patch rows and then its prefix rows.
+
+    Attributes:
+        index: int64 ``(n * length,)``: all of them.
+        runs: where they lie, if the patch rows of the segments follow one another and so do their prefix rows: per run its
+            first row and the rows it gives to each segment. One run is a view, two are concatenated, without the index.
+    """
 
     n: int
     length: int
-    index: torch.Tensor  # int64 (n * length,)
-    start: int | None
+    index: torch.Tensor
+    runs: tuple[tuple[int, int], ...] = ()
+
+    def _parts(self, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
+        """Views of the runs in ``x``, dimension ``dim`` unflattened into (n, rows of each)."""
+        return [x.narrow(dim, start, self.n * each).unflatten(dim, (self.n, each)) for start, each in self.runs]
+
+    def _take(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        if not self.runs:
+            return x.index_select(dim, self.index).unflatten(dim, (self.n, self.length))
+        parts = self._parts(x, dim)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim + 1)
+
+    def _put(self, x: torch.Tensor, values: torch.Tensor, dim: int) -> None:
+        if not self.runs:
+            x.index_copy_(dim, self.index, values.flatten(dim, dim + 1).to(x.dtype))
+            return
+        sizes = [each for _, each in self.runs]
+        for part, value in zip(self._parts(x, dim), values.split(sizes, dim + 1), strict=True):
+            part.copy_(value)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """``(R, H, D)`` -> ``(n, H, length, D)``, a view where possible."""
-        rows = x.index_select(0, self.index) if self.start is None else x[self.start : self.start + len(self.index)]
-        return rows.unflatten(0, (self.n, self.length)).transpose(1, 2)
+        return self._take(x, 0).transpose(1, 2)
 
     def scatter(self, out: torch.Tensor, values: torch.Tensor) -> None:
         """``(n, H, length, D)`` into the rows of ``out`` ``(R, H, D)``."""
-        values = values.transpose(1, 2).flatten(0, 1)
-        if self.start is None:
-            out.index_copy_(0, self.index, values.to(out.dtype))
-        else:
-            out[self.start : self.start + len(self.index)] = values
+        self._put(out, values.transpose(1, 2), 0)
 
     def add(self, out: torch.Tensor, values: torch.Tensor) -> None:
         """Adds to rows that may occur more than once; the order of the additions is fixed on every device."""
@@ -49,10 +69,10 @@ class Rows:
 
     def gather_lse(self, lse: torch.Tensor) -> torch.Tensor:
         """``(H, R)`` -> ``(n, H, length)``."""
-        return lse.index_select(1, self.index).unflatten(1, (self.n, self.length)).transpose(0, 1)
+        return self._take(lse, 1).transpose(0, 1)
 
     def scatter_lse(self, lse: torch.Tensor, values: torch.Tensor) -> None:
-        lse.index_copy_(1, self.index, values.transpose(0, 1).flatten(1, 2).to(lse.dtype))
+        self._put(lse, values.transpose(0, 1), 1)
 
 
 @dataclass(frozen=True)
@@ -79,11 +99,11 @@ def _make_groups(plan: Plan, device: torch.device) -> Groups:
     written = np.zeros(plan.num_rows, dtype=bool)
     for nq, nk in np.unique(lengths[live], axis=0):
         chosen = records[live & (lengths == (nq, nk)).all(axis=1)]
-        query = _rows(chosen[:, [Q_PATCH, Q_PATCHES, Q_PREFIX]], nq)
-        keys = _rows(chosen[:, [K_PATCH, K_PATCHES, K_PREFIX]], nk)
-        written[query] = True
-        np.add.at(seen, keys, 1)
-        groups.append((_make_rows(query, len(chosen), nq, device), _make_rows(keys, len(chosen), nk, device)))
+        query, query_rows = _make_rows(chosen[:, [Q_PATCH, Q_PATCHES, Q_PREFIX, Q_PREFIXES]], device)
+        keys, key_rows = _make_rows(chosen[:, [K_PATCH, K_PATCHES, K_PREFIX, K_PREFIXES]], device)
+        written[query_rows] = True
+        seen += np.bincount(key_rows, minlength=plan.num_rows)
+        groups.append((query, keys))
     dead = np.flatnonzero(~written)
     return Groups(
         groups,
@@ -92,17 +112,28 @@ def _make_groups(plan: Plan, device: torch.device) -> Groups:
     )
 
 
-def _rows(ranges: np.ndarray, length: int) -> np.ndarray:
-    """(patch start, patch count, prefix start) per record -> its ``length`` row numbers, one record after the other."""
+def _make_rows(ranges: np.ndarray, device: torch.device) -> tuple[Rows, np.ndarray]:
+    """From (patch start, patch count, prefix start, prefix count) per record; and the row numbers, int64 on the host."""
+    length = int(ranges[0, 1] + ranges[0, 3])
     i = np.arange(length)[None, :]
-    patch, patches, prefix = (column[:, None] for column in ranges.T)
-    return np.where(i < patches, patch + i, prefix + i - patches).ravel()
+    patch, patches, prefix, _ = (column[:, None] for column in ranges.T)
+    rows = np.where(i < patches, patch + i, prefix + i - patches).astype(np.int64).ravel()
+    return Rows(len(ranges), length, torch.from_numpy(rows).to(device, non_blocking=True), _runs(ranges)), rows
 
 
-def _make_rows(rows: np.ndarray, n: int, length: int, device: torch.device) -> Rows:
-    contiguous = bool((np.diff(rows) == 1).all())
-    index = torch.from_numpy(np.ascontiguousarray(rows)).to(device, non_blocking=True)
-    return Rows(n, int(length), index, int(rows[0]) if contiguous else None)
+def _runs(ranges: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """``Rows.runs``, or nothing if the segments' rows do not follow one another."""
+    runs = []
+    for starts, counts in (ranges[:, :2].T, ranges[:, 2:].T):
+        if (counts != counts[0]).any():
+            return ()
+        if counts[0]:
+            if (np.diff(starts) != counts[0]).any():
+                return ()
+            runs.append((int(starts[0]), int(counts[0])))
+    if len(runs) == 2 and len(ranges) == 1 and sum(runs[0]) == runs[1][0]:  # the prefixes come right after the patches
+        runs = [(runs[0][0], runs[0][1] + runs[1][1])]
+    return tuple(runs)
 
 
 class SdpaBackend(Backend):
