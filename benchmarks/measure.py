@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -92,8 +93,6 @@ def timed(call: Callable[[], object]) -> float:
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop) / 1e3
-    import time
-
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
@@ -110,13 +109,19 @@ def run(benchmark, call: Callable[[], object], *, flops: float = 0.0, nbytes: fl
     Args:
         benchmark: pytest-benchmark's fixture. call: takes nothing.
         flops, nbytes: the work of one call, for the floor.
-        rounds: default 30 on a GPU, 5 on a CPU.
+        rounds: default 30 on a GPU; on a CPU as many as take a second, 5 to 30.
         row: labels of the row: workload, level, pass, implementation.
     """
     d = device()
     cuda = d.type == "cuda"
-    for _ in range(3 if cuda else 1):  # compile, allocate, warm up
+    for _ in range(3):  # compile, allocate, warm up
+        begin = time.perf_counter()
         call()
+        seconds = time.perf_counter() - begin
+        if not cuda and seconds > 0.5:  # nothing left to warm
+            break
+    if not cuda:
+        rounds = rounds or min(30, max(5, round(1 / seconds)))
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -128,7 +133,7 @@ def run(benchmark, call: Callable[[], object], *, flops: float = 0.0, nbytes: fl
     def once():
         device_times.append(timed(call))
 
-    benchmark.pedantic(once, setup=(lambda: _flush_buffer().zero_()) if cuda else None, rounds=rounds or (30 if cuda else 5))
+    benchmark.pedantic(once, setup=(lambda: _flush_buffer().zero_()) if cuda else None, rounds=rounds or 30)
     rate, bandwidth = ceilings()
     benchmark.extra_info.update(machine())
     benchmark.extra_info.update(

@@ -1,8 +1,8 @@
 """torch's own fused attention over groups of segments of equal length: no padding, any device.
 
-Records are grouped by (query length, key length); each group's rows are gathered into ``(n, H, L, D)`` and attended in one
-call. A group whose rows already lie one after the other is used where it is, without a copy, or if its patch rows and its
-prefix rows each do, as in a rectangular batch, joined from the two.
+Records are grouped by (query length, key length). All rows are gathered once, in the order of the groups, and each group is
+attended in one call on a view ``(n, H, L, D)``. Rows that lie in that order already are used where they are; in a
+rectangular batch, where the patch rows and the prefix rows of the one group each lie together, the two are joined.
 """
 
 from __future__ import annotations
@@ -20,66 +20,74 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of ``n`` segments of ``length`` rows, each its patch rows and then its prefix rows.
+    """The query rows or the key rows of all groups, group after group.
 
     Attributes:
-        index: int64 ``(n * length,)``: all of them.
-        runs: where they lie, if the patch rows of the segments follow one another and so do their prefix rows: per run its
-            first row and the rows it gives to each segment. One run is a view, two are concatenated, without the index.
+        shapes: (segments, rows of each) per group.
+        index: int64: the rows; in each segment its patch rows and then its prefix rows.
+        runs: where they lie if there is no need to gather: first row, and rows given to each segment of the (then only)
+            group. One run is a view, two are concatenated.
     """
 
-    n: int
-    length: int
+    shapes: list[tuple[int, int]]
     index: torch.Tensor
     runs: tuple[tuple[int, int], ...] = ()
 
     def _parts(self, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
-        """Views of the runs in ``x``, dimension ``dim`` unflattened into (n, rows of each)."""
-        return [x.narrow(dim, start, self.n * each).unflatten(dim, (self.n, each)) for start, each in self.runs]
+        """Views of the runs in ``x``, dimension ``dim`` unflattened into (segments, rows of each)."""
+        n = self.shapes[0][0]
+        return [x.narrow(dim, start, n * each).unflatten(dim, (n, each)) for start, each in self.runs]
 
-    def _take(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        if not self.runs:
-            return x.index_select(dim, self.index).unflatten(dim, (self.n, self.length))
-        parts = self._parts(x, dim)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim + 1)
+    def _take(self, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
+        """Per group, dimension ``dim`` of ``x`` made into (segments, rows of each)."""
+        if self.runs:
+            parts = self._parts(x, dim)
+            return parts if len(parts) == 1 else [torch.cat(parts, dim + 1)]
+        rows = x.index_select(dim, self.index).split([n * length for n, length in self.shapes], dim)
+        before, after = x.shape[:dim], x.shape[dim + 1 :]
+        return [part.view(*before, *shape, *after) for part, shape in zip(rows, self.shapes, strict=True)]
 
-    def _put(self, x: torch.Tensor, values: torch.Tensor, dim: int) -> None:
-        if not self.runs:
-            x.index_copy_(dim, self.index, values.flatten(dim, dim + 1).to(x.dtype))
-            return
-        sizes = [each for _, each in self.runs]
-        for part, value in zip(self._parts(x, dim), values.split(sizes, dim + 1), strict=True):
-            part.copy_(value)
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """``(R, H, D)`` -> ``(n, H, length, D)``, a view where possible."""
-        return self._take(x, 0).transpose(1, 2)
-
-    def scatter(self, out: torch.Tensor, values: torch.Tensor) -> None:
-        """``(n, H, length, D)`` into the rows of ``out`` ``(R, H, D)``."""
-        self._put(out, values.transpose(1, 2), 0)
-
-    def add(self, out: torch.Tensor, values: torch.Tensor) -> None:
-        """Adds to rows that may occur more than once; the order of the additions is fixed on every device."""
-        values = values.transpose(1, 2).flatten(0, 1).to(out.dtype)
-        if out.device.type == "cpu":
-            out.index_add_(0, self.index, values)
+    def _put(self, x: torch.Tensor, values: list[torch.Tensor], dim: int) -> None:
+        if self.runs:
+            sizes = [each for _, each in self.runs]
+            for part, value in zip(self._parts(x, dim), values[0].split(sizes, dim + 1), strict=True):
+                part.copy_(value)
         else:
-            out.index_put_((self.index,), values, accumulate=True)  # sorts, unlike index_add_, which races
+            x.index_copy_(dim, self.index, torch.cat([v.flatten(dim, dim + 1) for v in values], dim).to(x.dtype))
 
-    def gather_lse(self, lse: torch.Tensor) -> torch.Tensor:
-        """``(H, R)`` -> ``(n, H, length)``."""
-        return self._take(lse, 1).transpose(0, 1)
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """``(R, H, D)`` -> ``(n, H, length, D)`` per group."""
+        return [t.transpose(1, 2) for t in self._take(x, 0)]
 
-    def scatter_lse(self, lse: torch.Tensor, values: torch.Tensor) -> None:
-        self._put(lse, values.transpose(0, 1), 1)
+    def scatter(self, out: torch.Tensor, values: list[torch.Tensor]) -> None:
+        """``(n, H, length, D)`` per group into the rows of ``out`` ``(R, H, D)``."""
+        self._put(out, [v.transpose(1, 2) for v in values], 0)
+
+    def add(self, out: torch.Tensor, values: list[torch.Tensor]) -> None:
+        """Adds to rows that may occur more than once; the order of the additions is fixed on every device."""
+        rows = torch.cat([v.transpose(1, 2).flatten(0, 1) for v in values]).to(out.dtype)
+        if out.device.type == "cpu":
+            out.index_add_(0, self.index, rows)
+        else:
+            out.index_put_((self.index,), rows, accumulate=True)  # sorts, unlike index_add_, which races
+
+    def gather_lse(self, lse: torch.Tensor) -> list[torch.Tensor]:
+        """``(H, R)`` -> ``(n, H, length)`` per group."""
+        return [t.transpose(0, 1) for t in self._take(lse, 1)]
+
+    def scatter_lse(self, lse: torch.Tensor, values: list[torch.Tensor]) -> None:
+        self._put(lse, [v.transpose(0, 1) for v in values], 1)
 
 
 @dataclass(frozen=True)
 class Groups:
-    groups: list[tuple[Rows, Rows]]
+    query: Rows
+    keys: Rows
     dead: torch.Tensor | None  # rows no group writes
     keys_overlap: bool  # a key row is seen by more than one record, or by none
+
+    def __bool__(self) -> bool:
+        return bool(self.query.shapes)
 
 
 def groups_of(plan: Plan, device: torch.device) -> Groups:
@@ -94,35 +102,40 @@ def _make_groups(plan: Plan, device: torch.device) -> Groups:
     records = plan.forward
     lengths = np.stack([records[:, Q_PATCHES] + records[:, Q_PREFIXES], records[:, K_PATCHES] + records[:, K_PREFIXES]], axis=1)
     live = (lengths > 0).all(axis=1)
-    groups = []
-    seen = np.zeros(plan.num_rows, dtype=np.int64)
+    records, lengths = records[live], lengths[live]
+    # Groups in the order of their first records, so that segments all unlike stay in theirs.
+    _, first, group_of = np.unique(lengths, axis=0, return_index=True, return_inverse=True)
+    groups = [records[group_of.ravel() == g] for g in np.argsort(first)]
+    query, query_rows = _make_rows([g[:, [Q_PATCH, Q_PATCHES, Q_PREFIX, Q_PREFIXES]] for g in groups], device)
+    keys, key_rows = _make_rows([g[:, [K_PATCH, K_PATCHES, K_PREFIX, K_PREFIXES]] for g in groups], device)
     written = np.zeros(plan.num_rows, dtype=bool)
-    for nq, nk in np.unique(lengths[live], axis=0):
-        chosen = records[live & (lengths == (nq, nk)).all(axis=1)]
-        query, query_rows = _make_rows(chosen[:, [Q_PATCH, Q_PATCHES, Q_PREFIX, Q_PREFIXES]], device)
-        keys, key_rows = _make_rows(chosen[:, [K_PATCH, K_PATCHES, K_PREFIX, K_PREFIXES]], device)
-        written[query_rows] = True
-        seen += np.bincount(key_rows, minlength=plan.num_rows)
-        groups.append((query, keys))
+    written[query_rows] = True
+    seen = np.bincount(key_rows, minlength=plan.num_rows)
     dead = np.flatnonzero(~written)
     return Groups(
-        groups,
+        query,
+        keys,
         torch.from_numpy(dead).to(device, non_blocking=True) if len(dead) else None,
         bool((seen[written] != 1).any() or seen[~written].any()),
     )
 
 
-def _make_rows(ranges: np.ndarray, device: torch.device) -> tuple[Rows, np.ndarray]:
-    """From (patch start, patch count, prefix start, prefix count) per record; and the row numbers, int64 on the host."""
-    length = int(ranges[0, 1] + ranges[0, 3])
-    i = np.arange(length)[None, :]
-    patch, patches, prefix, _ = (column[:, None] for column in ranges.T)
-    rows = np.where(i < patches, patch + i, prefix + i - patches).astype(np.int64).ravel()
-    return Rows(len(ranges), length, torch.from_numpy(rows).to(device, non_blocking=True), _runs(ranges)), rows
+def _make_rows(groups: list[np.ndarray], device: torch.device) -> tuple[Rows, np.ndarray]:
+    """From (patch start, patch count, prefix start, prefix count) per record of each group; and the rows, on the host."""
+    shapes, rows = [], [np.empty(0, dtype=np.int64)]
+    for ranges in groups:
+        length = int(ranges[0, 1] + ranges[0, 3])
+        i = np.arange(length)[None, :]
+        patch, patches, prefix, _ = (column[:, None] for column in ranges.T)
+        shapes.append((len(ranges), length))
+        rows.append(np.where(i < patches, patch + i, prefix + i - patches).ravel())
+    index = np.concatenate(rows)
+    runs = _runs(groups[0]) if len(groups) == 1 else ()
+    return Rows(shapes, torch.from_numpy(index).to(device, non_blocking=True), runs), index
 
 
 def _runs(ranges: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """``Rows.runs``, or nothing if the segments' rows do not follow one another."""
+    """``Rows.runs`` of one group, or nothing if the rows of its segments do not follow one another."""
     runs = []
     for starts, counts in (ranges[:, :2].T, ranges[:, 2:].T):
         if (counts != counts[0]).any():
@@ -147,37 +160,39 @@ class SdpaBackend(Backend):
         return Support.yes()
 
     def forward(self, q, k, v, plan, scale):
-        plan_groups = groups_of(plan, q.device)
+        groups = groups_of(plan, q.device)
         out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), _empty_lse(q)
-        _zero(plan_groups, out, lse)
-        for query_rows, key_rows in plan_groups.groups:
-            group_out, group_lse = _forward(query_rows.gather(q), key_rows.gather(k), key_rows.gather(v), scale)
-            query_rows.scatter(out, group_out)
-            query_rows.scatter_lse(lse, group_lse)
+        _zero(groups, out, lse)
+        if groups:
+            gathered = groups.query.gather(q), groups.keys.gather(k), groups.keys.gather(v)
+            outs, lses = zip(*(_forward(*group, scale) for group in zip(*gathered, strict=True)), strict=True)
+            groups.query.scatter(out, outs)
+            groups.query.scatter_lse(lse, lses)
         return out, lse
 
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale):
-        plan_groups = groups_of(plan, q.device)
+        groups = groups_of(plan, q.device)
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        _zero(plan_groups, dq)
-        if plan_groups.keys_overlap:
+        _zero(groups, dq)
+        if groups.keys_overlap:
             dk = torch.zeros(k.shape, dtype=stats_dtype(k.dtype), device=k.device)
             dv = torch.zeros_like(dk)
         else:
             dk, dv = torch.empty_like(dq), torch.empty_like(dq)
-            _zero(plan_groups, dk, dv)
-        for query_rows, key_rows in plan_groups.groups:
-            gathered = query_rows.gather(q), key_rows.gather(k), key_rows.gather(v)
-            group_lse = query_rows.gather_lse(lse)
-            grads = _backward(query_rows.gather(grad_out), *gathered, query_rows.gather(out), group_lse, scale)
+            _zero(groups, dk, dv)
+        if groups:
+            query, keys = groups.query, groups.keys
+            gathered = query.gather(grad_out), query.gather(q), keys.gather(k), keys.gather(v), query.gather(out)
+            lses = query.gather_lse(lse)
+            grads = [_backward(*group, scale) for group in zip(*gathered, lses, strict=True)]
             if grad_lse is not None:
-                _add_lse_gradient(grads, query_rows.gather_lse(grad_lse), *gathered[:2], group_lse, scale)
-            query_rows.scatter(dq, grads[0])
-            for into, grad in ((dk, grads[1]), (dv, grads[2])):
-                if plan_groups.keys_overlap:
-                    key_rows.add(into, grad)
-                else:
-                    key_rows.scatter(into, grad)
+                grad_lses = query.gather_lse(grad_lse)
+                for group_grads, *group in zip(grads, grad_lses, gathered[1], gathered[2], lses, strict=True):
+                    _add_lse_gradient(group_grads, *group, scale)
+            query.scatter(dq, [g[0] for g in grads])
+            put = keys.add if groups.keys_overlap else keys.scatter
+            put(dk, [g[1] for g in grads])
+            put(dv, [g[2] for g in grads])
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -185,11 +200,11 @@ def _empty_lse(q: torch.Tensor) -> torch.Tensor:
     return torch.empty((q.shape[1], q.shape[0]), dtype=stats_dtype(q.dtype), device=q.device)
 
 
-def _zero(plan_groups: Groups, x: torch.Tensor, *more: torch.Tensor) -> None:
+def _zero(groups: Groups, x: torch.Tensor, *more: torch.Tensor) -> None:
     """Zeroes the rows no group writes; an ``(H, R)`` lse is recognised by having two dimensions."""
-    if plan_groups.dead is not None:
+    if groups.dead is not None:
         for t in (x, *more):
-            t.index_fill_(0 if t.ndim == 3 else 1, plan_groups.dead, 0)
+            t.index_fill_(0 if t.ndim == 3 else 1, groups.dead, 0)
 
 
 def _has_fused(q: torch.Tensor) -> str | None:
@@ -205,28 +220,28 @@ def _forward(q, k, v, scale):
     """Dense attention ``(n, H, L, D)`` -> out, lse ``(n, H, Lq)``."""
     fused = _has_fused(q)
     if fused == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=None, scale=scale)
+        return aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, False, attn_mask=None, scale=scale)
     if fused == "efficient":
-        out, lse, _, _ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)
+        out, lse, _, _ = aten._scaled_dot_product_efficient_attention.default(q, k, v, None, True, 0.0, False, scale=scale)
         return out, lse[..., : q.shape[2]]
     stats = stats_dtype(q.dtype)
     logits = (q.to(stats) @ k.to(stats).transpose(-1, -2)) * scale
     return (torch.softmax(logits, -1) @ v.to(stats)).to(q.dtype), torch.logsumexp(logits, -1)
 
 
-def _backward(grad_out, q, k, v, out, lse, scale):
+def _backward(grad_out, q, k, v, out, lse, scale) -> list[torch.Tensor]:
     """Gradients of :func:`_forward`'s first output."""
     fused = _has_fused(q)
     if fused == "cpu":
         return list(
-            aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
                 grad_out, q, k, v, out, lse.contiguous(), 0.0, False, attn_mask=None, scale=scale
             )
         )
     if fused == "efficient":
         padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
         seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
-        grads = aten._scaled_dot_product_efficient_attention_backward(
+        grads = aten._scaled_dot_product_efficient_attention_backward.default(
             grad_out, q, k, v, None, out, padded, seed, seed, 0.0, [True, True, True, False], False, scale=scale
         )
         return list(grads[:3])
