@@ -103,7 +103,7 @@ def compile_kernel(kernel: str, dtype: torch.dtype, head_dim: int, arch: str, co
     compiled = triton.compile(
         source,
         target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
     )
     if target.backend == "cuda":
         registers, spills, matrix = _read_cubin(compiled.asm["cubin"], target)

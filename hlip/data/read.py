@@ -47,7 +47,8 @@ def read_study(path: str | os.PathLike, **limits) -> Study:
             raise StudyError(f"{place} is an empty folder: expected {_ACCEPTED}")
         raise StudyError(
             f"no readable scan in {place}. Found:\n{summarise(skipped)}\n"
-            f"Expected {_ACCEPTED}, with at least {Limits(**limits).min_slices} parallel slices (min_slices of hlip.data.read_study). "
+            f"Expected {_ACCEPTED}, with at least {Limits(**limits).min_slices} parallel slices "
+            "(min_slices of hlip.data.read_study). "
             "Check that this is the folder of the study, or see .skipped of this error for every file.",
             skipped,
         )

@@ -109,4 +109,5 @@ def _launch(kernel, config, tiles, heads, head_dim, device, *args, **constants) 
             PRECISION="ieee",
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=True,
         )

@@ -203,7 +203,10 @@ def _dkdv_step(
     else:
         lse_M = tl.load(lse_base + rows_M)
         delta_M = tl.load(delta_base + rows_M)
-    logits_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION) * scale_log2
+    if q_MD.dtype == tl.float32:  # operands in the order of the other kernels, so that the logits are the same to the last bit
+        logits_NM = tl.trans(tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)) * scale_log2
+    else:
+        logits_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION) * scale_log2
     p_NM = tl.exp2(logits_NM - (lse_M * LOG2_E)[None, :])
     if q_MD.dtype == tl.float32:
         p_NM *= tl.load(norm_base + rows_M, mask=ok_M, other=0.0)[None, :]
