@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status (0 good, 1 nothing could be done, 2 bad usage)."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("pydicom").setLevel(logging.ERROR)  # what it warns of is told study by study
+    # What pydicom warns of is told study by study. A filter, because importing pydicom sets its level.
+    logging.getLogger("pydicom").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         return args.run_command(args)
     except (FileNotFoundError, ValueError, ImportError) as error:

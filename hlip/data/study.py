@@ -20,6 +20,12 @@ class StudyError(ValueError):
         super().__init__(message)
         self.skipped = list(skipped or [])
 
+    def one_line(self) -> str:
+        """What was found, without the path and the advice, for a log of many studies."""
+        if not self.skipped:
+            return " ".join(str(self).split())
+        return "no readable scan; found " + "; ".join(line.strip() for line in summarise(self.skipped, 3).splitlines())
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -153,5 +159,5 @@ def summarise(skipped: list[Skipped], lines: int = 6) -> str:
         counts[item.reason] += item.files
     rows = [f"  {n} x {reason}" for reason, n in counts.most_common(lines)]
     if len(counts) > lines:
-        rows.append(f"  and {len(counts) - lines} other reasons")
+        rows.append(f"  and {count(len(counts) - lines, 'other reason')}")
     return "\n".join(rows)

@@ -137,7 +137,10 @@ class FolderStudies(Dataset):
             scans, max_value = self._scans(path)
         except Exception as error:  # any broken file of a user: the rest goes on
             if path not in self._failed:
-                log.warning("%s left out: %s", self.name(path), " ".join(str(error).split())[:300] or type(error).__name__)
+                from ..data import StudyError
+
+                reason = error.one_line() if isinstance(error, StudyError) else " ".join(str(error).split())[:300]
+                log.warning("%s left out: %s", self.name(path), reason or type(error).__name__)
                 self._failed.add(path)
             return None
         if self.max_scans and len(scans) > self.max_scans:
