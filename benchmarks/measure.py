@@ -142,6 +142,23 @@ def run(benchmark, call: Callable[[], object], *, flops: float = 0.0, nbytes: fl
     )  # fmt: skip
 
 
+def predicted(workload, level: str, *, backward: bool) -> dict[str, float]:
+    """What the performance model expects of the Triton kernels here, both bounds, at this card's own measured rates.
+
+    Empty on a device the model has no rates for.
+    """
+    from hlip_kernels.performance import RATES, predict
+
+    rates = next((r for name, r in RATES.items() if device().type == "cuda" and name in torch.cuda.get_device_name()), None)
+    if rates is None:
+        return {}
+    p = predict(
+        workload.layout, level, heads=workload.heads, head_dim=workload.head_dim, dtype=dtype(),
+        rates=rates.measured(*ceilings()), backward=backward,
+    )  # fmt: skip
+    return {"predicted_overlapped_s": p.overlapped, "predicted_serial_s": p.serial}
+
+
 def relative_error(got: Tensor, truth: Tensor) -> float:
     """``|got - truth| / |truth|`` in float64."""
     truth = truth.double()

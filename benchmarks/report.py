@@ -16,7 +16,12 @@ from pathlib import Path
 
 COLUMNS = (
     "what", "part", "workload", "level", "implementation", "dtype", "median_s", "p10_s", "p90_s", "rounds", "flops", "bytes",
-    "matmul_flops", "copy_bandwidth", "peak_bytes", "device", "torch", "triton", "python", "commit", "date",
+    "matmul_flops", "copy_bandwidth", "peak_bytes", "predicted_overlapped_s", "predicted_serial_s",
+    "device", "torch", "triton", "python", "commit", "date",
+)  # fmt: skip
+_NUMBERS = (
+    "median_s", "p10_s", "p90_s", "flops", "bytes", "matmul_flops", "copy_bandwidth", "peak_bytes", "predicted_overlapped_s",
+    "predicted_serial_s",
 )  # fmt: skip
 
 
@@ -50,8 +55,7 @@ def _quantile(values: list[float], q: float) -> float:
 
 
 def _typed(row: dict) -> dict:
-    numbers = ("median_s", "p10_s", "p90_s", "flops", "bytes", "matmul_flops", "copy_bandwidth", "peak_bytes")
-    return {k: (float(v) if k in numbers and v != "" else v) for k, v in row.items()}
+    return {k: (float(v) if k in _NUMBERS and v != "" else v) for k, v in row.items()}
 
 
 def write(rows: list[dict], path: Path) -> None:
@@ -87,6 +91,8 @@ def _table(rows: list[dict]) -> list[str]:
     with_floor = any(row["bytes"] for row in rows)
     head = ["workload", "level", "implementation", "median", "10-90 %"]
     head += ["TFLOP/s", "GB/s", "share of floor"] if with_floor else []
+    with_prediction = any(row.get("predicted_serial_s") for row in rows)
+    head += ["predicted"] if with_prediction else []
     head += ["vs fastest peer"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for case in _unique((row["workload"], row["level"]) for row in rows):
@@ -104,6 +110,9 @@ def _table(rows: list[dict]) -> list[str]:
                     f"{row['bytes'] / seconds / 1e9:.3g}",
                     f"{100 * floor / seconds:.0f}%",
                 ]
+            if with_prediction:
+                low, high = row.get("predicted_overlapped_s"), row.get("predicted_serial_s")
+                cells += [f"{_time(low)} to {_time(high)}" if high else ""]
             cells += [f"{min(peers) / seconds:.2f}x" if peers else "-"]
             lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -1,0 +1,55 @@
+"""The performance model's times for every workload, before anything is measured.
+
+python -m benchmarks.predict [--gpu H200]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from benchmarks import workloads
+from hlip_kernels.performance import RATES, predict
+
+
+def table(gpu: str) -> str:
+    """Markdown: both bounds of the model for the Triton kernels, bf16, and what binds."""
+    lines = [
+        f"Predicted, not measured: {gpu}, bfloat16, Triton kernels.",
+        "",
+        "| workload | level | pass | overlapped | serial | TFLOP/s | binds | useful | balance |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in workloads.NAMES:
+        w = workloads.make(name, full=True)
+        for level in w.levels:
+            for backward in (False, True):
+                p = predict(
+                    w.layout,
+                    level,
+                    heads=w.heads,
+                    head_dim=w.head_dim,
+                    dtype=torch.bfloat16,
+                    rates=RATES[gpu],
+                    backward=backward,
+                )
+                flops = w.attention_flops(level) * (2.5 if backward else 1) / 1e12
+                lines.append(
+                    f"| {name} | {level} | {'backward' if backward else 'forward'} | {p.overlapped * 1e3:.3g} ms | "
+                    f"{p.serial * 1e3:.3g} ms | {flops / p.serial:.0f} to {flops / p.overlapped:.0f} | {p.binds} | "
+                    f"{100 * p.useful:.0f}% | {100 * p.balance:.0f}% |"
+                )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--gpu", choices=list(RATES), default="H200")
+    print(table(parser.parse_args(argv).gpu))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The performance model: its counts against counting by hand, its bounds, and the report that shows it."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from hlip_kernels import Layout
+from hlip_kernels.backends.triton.config import config_for
+from hlip_kernels.pattern import Plan
+from hlip_kernels.performance import LAUNCH, RATES, predict, predict_kernel
+
+H200 = RATES["H200"]
+BF16 = {"heads": 2, "head_dim": 64, "dtype": torch.bfloat16, "rates": H200}
+
+
+def _issued(lengths, prefix, rows, keys):
+    """(computed, real) logits of all segments, a tile at a time: whole tiles of patch rows, then the rest."""
+    computed = real = 0
+    for n in lengths:
+        tiles = -(-(n + prefix) // rows)
+        steps = n // keys + -(-(n % keys + prefix) // keys)
+        computed += tiles * steps * rows * keys
+        real += (n + prefix) ** 2
+    return computed, real
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("kernel", ["attention_forward", "attention_backward_dq", "attention_backward_dkdv"])
+def test_the_share_of_padding_is_what_counting_by_hand_gives(kernel, prefix):
+    lengths = [1, 63, 64, 65, 127, 128, 129, 700]
+    plan = Plan.of(Layout.from_lengths(lengths, num_prefix=prefix, levels=("slice",)).pattern("slice"))
+    config = config_for(kernel, torch.bfloat16, 64, amd=False)
+    sides = (config.block_m, config.block_n)
+    computed, real = _issued(lengths, prefix, *(sides[::-1] if kernel.endswith("dkdv") else sides))
+    assert predict_kernel(kernel, plan, 2, 64, torch.bfloat16, H200).useful == pytest.approx(real / computed)
+
+
+def test_one_long_segment_takes_as_long_as_its_units():
+    # 12800 rows, one head: 100 tiles of 128 rows on 132 multiprocessors, so the time is that of one tile.
+    layout = Layout.from_lengths([12800], num_prefix=0, levels=("study",))
+    got = predict(layout, "study", heads=1, head_dim=64, dtype=torch.bfloat16, rates=H200)
+    logits = 128 * 12800
+    units = [logits * 4 * 64 / 4096, logits / 16, logits * 5 / 128]
+    assert got.overlapped == pytest.approx(max(units) / H200.clock + LAUNCH)
+    assert got.serial == pytest.approx(sum(units) / H200.clock + LAUNCH)
+    assert got.binds == "matrix" and got.useful == 1.0 and got.balance == pytest.approx(100 / 132)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_bounds_are_ordered_and_grow_with_the_work(backward):
+    times = []
+    for scans in (1, 2, 4, 8):
+        layout = Layout.from_grids([[(8, 14, 14)] * scans] * 16, num_prefix=2)
+        p = predict(layout, "study", backward=backward, **BF16)
+        assert p.memory < p.overlapped < p.serial and 0 < p.useful <= 1 and 0 < p.balance <= 1
+        times.append(p.serial)
+    # Twice the scans is four times the attention.
+    assert all(3 < b / a < 4.5 for a, b in itertools.pairwise(times))
+
+
+def test_short_segments_are_bound_by_memory_and_by_its_bandwidth():
+    layout = Layout.from_lengths([30] * 4000, num_prefix=1, levels=("slice",))
+    p = predict(layout, "slice", **BF16)
+    slow = predict(layout, "slice", **{**BF16, "rates": dataclasses.replace(H200, bandwidth=H200.bandwidth / 2)})
+    assert p.binds == "memory" and slow.memory == pytest.approx(2 * p.memory)
+    assert p.memory == pytest.approx(4 * layout.num_rows * 2 * 64 * 2 / H200.bandwidth)
+
+
+def test_nothing_to_do_takes_a_launch():
+    assert predict(Layout.from_lengths([], num_prefix=0, levels=("slice",)), "slice", **BF16).serial == pytest.approx(LAUNCH)
+
+
+def test_rates_at_a_measured_clock():
+    seen = H200.measured(790e12, 4.3e12)
+    assert seen.clock == pytest.approx(790e12 / 132 / 4096) and seen.bandwidth == 4.3e12
+    layout = Layout.from_grids([[(8, 14, 14)] * 8] * 8, num_prefix=2)
+    fast, slow = (predict(layout, "study", **{**BF16, "rates": r}) for r in (H200, seen))
+    assert slow.serial / fast.serial == pytest.approx(H200.clock / seen.clock, rel=1e-2)
+
+
+def test_the_report_shows_predictions_where_there_are_any():
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks.report import COLUMNS, markdown
+
+    row = dict.fromkeys(COLUMNS, "") | {
+        "what": "attention", "part": "forward", "workload": "w", "level": "study", "median_s": 2e-3, "p10_s": 2e-3,
+        "p90_s": 2e-3, "flops": 1e9, "bytes": 1e6, "matmul_flops": 1e12, "copy_bandwidth": 1e12,
+    }  # fmt: skip
+    ours = row | {"implementation": "hlip triton", "predicted_overlapped_s": 1e-3, "predicted_serial_s": 3e-3}
+    text = markdown([ours, row | {"implementation": "peer", "median_s": 4e-3}])
+    assert "| 1 ms to 3 ms | 2.00x |" in text and "|  | 1.00x |" in text
+    assert "predicted" not in markdown([row | {"implementation": "peer"}])
