@@ -1,7 +1,8 @@
 """What the compiler makes of every shipped Triton kernel: registers, shared memory, spills, tensor-core instructions.
 
     python -m hlip_kernels.resources                     # every kernel, dtype, head dim, architecture
-    python -m hlip_kernels.resources --arch sm_90 --head-dim 64 --json out.json
+    python -m hlip_kernels.resources --arch sm_90 --head-dim 64
+    python -m hlip_kernels.resources --csv tests/codegen/triton-3.9.csv    # what the tests compare with
 
 Needs no GPU: kernels are compiled for a named target, and the figures are read out of the machine code with the tools
 that triton ships.
@@ -10,12 +11,13 @@ that triton ships.
 from __future__ import annotations
 
 import argparse
-import json
+import csv
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -163,6 +165,23 @@ def compile_all(archs, dtypes, head_dims, kernels=KERNELS):
                     yield compile_kernel(kernel, dtype, head_dim, arch)
 
 
+def write_rows(rows: Iterable[Resources], path: Path) -> None:
+    """Rows as CSV, a line each."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Resources)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_rows(path: Path) -> list[Resources]:
+    """What :func:`write_rows` wrote."""
+    with path.open(newline="") as file:
+        return [
+            Resources(**{f.name: row[f.name] if f.type == "str" else int(row[f.name]) for f in fields(Resources)})
+            for row in csv.DictReader(file)
+        ]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hlip_kernels.resources", description=__doc__.split("\n\n")[0])
     names = {str(d).removeprefix("torch."): d for d in DTYPES}
@@ -170,19 +189,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=list(names), default=list(names))
     parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--csv", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
     rows = []
     print("kernel                  dtype    D    arch    tile     warps stages  regs  shared  spill  matrix")
     for r in compile_all(args.arch, [names[d] for d in args.dtype], args.head_dim, args.kernel):
-        rows.append(asdict(r))
+        rows.append(r)
         print(
             f"{r.kernel:23} {r.dtype:8} {r.head_dim:<4} {r.arch:7} {r.block_m:>3}x{r.block_n:<4} {r.num_warps:>5} "
             f"{r.num_stages:>6} {r.registers:>5} {r.shared_memory:>7} {r.spill_bytes:>6} {r.matrix_instructions:>7}",
             flush=True,
         )
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.csv:
+        write_rows(rows, args.csv)
     return 0
 
 
