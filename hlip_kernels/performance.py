@@ -41,6 +41,7 @@ class Rates:
         matrix: FLOPs per clock, by bytes per element (2: tensor cores; 4: float32 units, since float32 means float32).
         exponentials: base-2 exponentials per clock. floats: float32 operations per clock, a fused multiply-add being one.
         bandwidth: of device memory, bytes/s.
+        family: whose tile sizes it takes.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Rates:
     exponentials: int
     floats: int
     bandwidth: float
+    family: str = "hopper"
 
     def measured(self, matrix_flops: float, bandwidth: float) -> Rates:
         """These rates at the clock and bandwidth that a card was seen to reach (``matrix_flops`` per second, 16-bit)."""
@@ -57,7 +59,7 @@ class Rates:
 
 
 RATES = {
-    "A100": Rates("A100", 108, 1.41e9, {2: 2048, 4: 128}, 16, 64, 2.0e12),
+    "A100": Rates("A100", 108, 1.41e9, {2: 2048, 4: 128}, 16, 64, 2.0e12, "ampere"),
     "H100": Rates("H100", 132, 1.83e9, {2: 4096, 4: 256}, 16, 128, 3.35e12),
     "H200": Rates("H200", 132, 1.83e9, {2: 4096, 4: 256}, 16, 128, 4.8e12),
     "B200": Rates("B200", 148, 1.85e9, {2: 8192, 4: 256}, 16, 128, 8.0e12),
@@ -97,7 +99,7 @@ def predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: to
     Args:
         kernel: a name of ``config.KERNELS``. plan: of a pattern. heads, head_dim, dtype: of q, k and v. rates: of the GPU.
     """
-    config = config_for(kernel, dtype, head_dim, amd=False)
+    config = config_for(kernel, dtype, head_dim, rates.family)
     transposed = kernel == "attention_backward_dkdv"
     block, step = (config.block_n, config.block_m) if transposed else (config.block_m, config.block_n)
     tiles, records = (t.numpy().astype(np.int64) for t in plan.tiles(block, torch.device("cpu"), transposed=transposed))

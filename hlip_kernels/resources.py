@@ -32,11 +32,13 @@ class Architecture:
     """A compile target and its limits.
 
     Attributes:
+        family: whose tile sizes it takes (see ``config.FAMILIES``).
         shared_memory: bytes of shared memory (LDS) one block may use.
         registers: registers one thread may use.
         matrix: regular expression of its matrix instructions in the disassembly.
     """
 
+    family: str
     backend: str
     arch: int | str
     warp_size: int
@@ -46,13 +48,12 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "sm_80": Architecture("cuda", 80, 32, 166912, 255, r"\bHMMA\."),
-    "sm_90": Architecture("cuda", 90, 32, 232448, 255, r"\bHGMMA\."),
-    "sm_100": Architecture("cuda", 100, 32, 232448, 255, r"\bUTC\w*MMA\b|\bHMMA\."),
-    "gfx942": Architecture("hip", "gfx942", 64, 65536, 512, r"\bv_mfma_"),
+    # 99 KB is the least of sm_86, sm_89 and sm_120, which take the same tiles; sm_80 itself has 163 KB.
+    "sm_80": Architecture("ampere", "cuda", 80, 32, 101376, 255, r"\bHMMA\."),
+    "sm_90": Architecture("hopper", "cuda", 90, 32, 232448, 255, r"\bHGMMA\."),
+    "sm_100": Architecture("hopper", "cuda", 100, 32, 232448, 255, r"\bUTC\w*MMA\b|\bHMMA\."),
+    "gfx942": Architecture("amd", "hip", "gfx942", 64, 65536, 512, r"\bv_mfma_"),
 }
-# The smallest limit among the NVIDIA chips we claim (sm_86, sm_89, sm_120): 99 KB.
-SMALLEST_SHARED_MEMORY = 101376
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def compile_kernel(kernel: str, dtype: torch.dtype, head_dim: int, arch: str, co
     if interpreted():
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process, unset it")
     target = ARCHITECTURES[arch]
-    config = config or config_for(kernel, dtype, head_dim, amd=target.backend == "hip")
+    config = config or config_for(kernel, dtype, head_dim, target.family)
     function = getattr(kernels, kernel)
     constants = {
         "HEAD_DIM": head_dim,

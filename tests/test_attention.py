@@ -300,7 +300,7 @@ def test_launches_one_forward_two_backward_and_none_for_nothing(monkeypatch):
     out.sum().backward()
     assert [name for name, _ in launched[1:]] == ["attention_backward_dq", "attention_backward_dkdv"]
     # Real tiles only: 4 segments of 88, 67, 163, 2 (prefix rows alone) and 2 rows, and the dead rows that are zeroed.
-    block = triton_backend.config_for("attention_forward", torch.float32, 16).block_m
+    block = triton_backend.config_for("attention_forward", torch.float32, 16, "hopper").block_m
     rows = [5 + 17 + 2, 65 + 2, 130 + 2, 2, 33 + 63 + 65 + 2, 2]
     live = sum(-(-n // block) for n in rows)
     dead = -(-(layout.num_rows - layout.prefix_rows("scan").stop) // block)

@@ -31,7 +31,7 @@ def _issued(lengths, prefix, rows, keys):
 def test_the_share_of_padding_is_what_counting_by_hand_gives(kernel, prefix):
     lengths = [1, 63, 64, 65, 127, 128, 129, 700]
     plan = Plan.of(Layout.from_lengths(lengths, num_prefix=prefix, levels=("slice",)).pattern("slice"))
-    config = config_for(kernel, torch.bfloat16, 64, amd=False)
+    config = config_for(kernel, torch.bfloat16, 64, "hopper")
     sides = (config.block_m, config.block_n)
     computed, real = _issued(lengths, prefix, *(sides[::-1] if kernel.endswith("dkdv") else sides))
     assert predict_kernel(kernel, plan, 2, 64, torch.bfloat16, H200).useful == pytest.approx(real / computed)

@@ -13,7 +13,7 @@ import os
 import torch
 
 from ..base import Backend, Query, Support
-from .config import DTYPES, MAX_HEAD_DIM, config_for, padded_head_dim
+from .config import DTYPES, MAX_HEAD_DIM, config_for, family_of, padded_head_dim
 
 _LOG2_E = math.log2(math.e)
 
@@ -48,7 +48,7 @@ class TritonBackend(Backend):
         from . import kernels
 
         num_rows, heads, head_dim = q.shape
-        config = config_for("attention_forward", q.dtype, head_dim)
+        config = config_for("attention_forward", q.dtype, head_dim, family_of(q.device))
         tiles, records = plan.tiles(config.block_m, q.device)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty((heads, num_rows), dtype=torch.float32, device=q.device)
@@ -69,7 +69,7 @@ class TritonBackend(Backend):
         if not has_grad_lse:
             grad_lse = lse  # never read
 
-        config = config_for("attention_backward_dq", q.dtype, head_dim)
+        config = config_for("attention_backward_dq", q.dtype, head_dim, family_of(q.device))
         tiles, records = plan.tiles(config.block_m, q.device)
         _launch(
             kernels.attention_backward_dq, config, tiles, heads, head_dim, q.device,
@@ -79,7 +79,7 @@ class TritonBackend(Backend):
             HAS_GRAD_LSE=has_grad_lse,
         )  # fmt: skip
 
-        config = config_for("attention_backward_dkdv", q.dtype, head_dim)
+        config = config_for("attention_backward_dkdv", q.dtype, head_dim, family_of(q.device))
         tiles, records = plan.tiles(config.block_n, q.device, transposed=True)
         _launch(
             kernels.attention_backward_dkdv, config, tiles, heads, head_dim, q.device,

@@ -1,12 +1,13 @@
 """Tile sizes of the Triton kernels: a readable table, no autotuning, no dependence on sequence length.
 
-Keyed on kernel, element size and padded head dim. Predicted from registers and shared memory
-(``python -m hlip_kernels.resources`` prints both), not yet measured on a GPU.
+Keyed on family of GPUs, kernel, element size and padded head dim. Predicted from registers and shared memory
+(``python -m hlip_kernels.resources`` prints both, for any triton), not yet measured on a GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -25,9 +26,13 @@ KERNELS = ("attention_forward", "attention_backward_dq", "attention_backward_dkd
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 128
 
-# (kernel, bytes per element) -> {padded head dim: Config}. No entry spills a register on sm_80, sm_90 or sm_100, and each
-# fits the 99 KB of shared memory of sm_86, sm_89 and sm_120; tests/test_triton_compile.py holds them to that.
-_NVIDIA = {
+# Families: "hopper" has warpgroup products (sm_90, sm_100, sm_103), "ampere" those of one warp and as little as 99 KB of
+# shared memory (sm_80, sm_86, sm_89, sm_120), "amd" 64 threads a warp and 64 KB.
+FAMILIES = ("hopper", "ampere", "amd")
+
+# (kernel, bytes per element) -> {padded head dim: Config}. No entry spills a register with triton 3.6 or 3.9;
+# tests/test_triton_compile.py holds them to that.
+_HOPPER = {
     ("attention_forward", 2): {
         16: Config(128, 64, 4, 3),
         32: Config(128, 64, 4, 3),
@@ -47,16 +52,16 @@ _NVIDIA = {
         128: Config(32, 64, 8, 2),
     },
     ("attention_forward", 4): {
-        16: Config(64, 32, 8, 1),
+        16: Config(32, 32, 4, 1),
         32: Config(64, 32, 4, 1),
         64: Config(64, 32, 8, 1),
-        128: Config(32, 32, 8, 1),
+        128: Config(32, 16, 8, 1),
     },
     ("attention_backward_dq", 4): {
         16: Config(32, 32, 4, 1),
         32: Config(32, 32, 4, 1),
         64: Config(32, 32, 4, 2),
-        128: Config(32, 16, 8, 2),
+        128: Config(16, 16, 8, 3),
     },
     ("attention_backward_dkdv", 4): {
         16: Config(32, 32, 4, 1),
@@ -66,7 +71,21 @@ _NVIDIA = {
     },
 }
 
-# Where AMD (64 threads a warp, 64 KB of shared memory) wants something else.
+# What the others want instead.
+_AMPERE = {
+    ("attention_forward", 2): {
+        16: Config(128, 64, 4, 3),
+        32: Config(128, 64, 4, 3),
+        64: Config(128, 64, 8, 3),
+        128: Config(64, 32, 4, 2),
+    },
+    ("attention_backward_dkdv", 2): {
+        16: Config(64, 128, 8, 2),
+        32: Config(64, 128, 8, 2),
+        64: Config(32, 128, 8, 2),
+        128: Config(32, 64, 8, 2),
+    },
+}
 _AMD = {
     ("attention_backward_dq", 4): {
         16: Config(32, 32, 4, 1),
@@ -94,10 +113,18 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def config_for(kernel: str, dtype: torch.dtype, head_dim: int, *, amd: bool | None = None) -> Config:
-    """The tile sizes of one kernel; ``amd`` defaults to what this torch was built for."""
-    if amd is None:
-        amd = torch.version.hip is not None
+@cache
+def family_of(device: torch.device) -> str:
+    """The family of a device; the CPU, where kernels are interpreted, counts as ``"hopper"``."""
+    if torch.version.hip is not None:
+        return "amd"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10, 11):
+        return "ampere"
+    return "hopper"
+
+
+def config_for(kernel: str, dtype: torch.dtype, head_dim: int, family: str) -> Config:
+    """The tile sizes of one kernel for one of :data:`FAMILIES`."""
     key = kernel, dtype.itemsize
-    table = _AMD[key] if amd and key in _AMD else _NVIDIA[key]
-    return table[padded_head_dim(head_dim)]
+    own = {"hopper": _HOPPER, "ampere": _AMPERE, "amd": _AMD}[family]
+    return own.get(key, _HOPPER[key])[padded_head_dim(head_dim)]
