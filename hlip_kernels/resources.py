@@ -24,7 +24,7 @@ import torch
 
 from .backends.triton.config import DTYPES, KERNELS, Config, config_for, padded_head_dim
 
-HEAD_DIMS = (16, 32, 64, 80, 96, 128)
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Architecture:
         family: whose tile sizes it takes (see ``config.FAMILIES``).
         shared_memory: bytes of shared memory (LDS) one block may use.
         registers: registers one thread may use.
-        matrix: regular expression of its matrix instructions in the disassembly.
+        matrix: regular expression of its matrix instructions in the disassembly, their name a group.
     """
 
     family: str
@@ -49,16 +49,17 @@ class Architecture:
 
 ARCHITECTURES = {
     # 99 KB is the least of sm_86, sm_89 and sm_120, which take the same tiles; sm_80 itself has 163 KB.
-    "sm_80": Architecture("ampere", "cuda", 80, 32, 101376, 255, r"\bHMMA\."),
-    "sm_90": Architecture("hopper", "cuda", 90, 32, 232448, 255, r"\bHGMMA\."),
-    "sm_100": Architecture("hopper", "cuda", 100, 32, 232448, 255, r"\bUTC\w*MMA\b|\bHMMA\."),
-    "gfx942": Architecture("amd", "hip", "gfx942", 64, 65536, 512, r"\bv_mfma_"),
+    "sm_80": Architecture("ampere", "cuda", 80, 32, 101376, 255, r"\b(HMMA)\."),
+    "sm_90": Architecture("hopper", "cuda", 90, 32, 232448, 255, r"\b(HGMMA|HMMA)\."),
+    "sm_100": Architecture("hopper", "cuda", 100, 32, 232448, 255, r"\b(UTC\w*MMA|HMMA)\b"),
+    "gfx942": Architecture("amd", "hip", "gfx942", 64, 65536, 512, r"\b(v_mfma)_"),
 }
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Figures of one compiled kernel; ``spill_bytes`` is local memory (stack) per thread."""
+    """Figures of one compiled kernel; ``spill_bytes`` is local memory (stack) per thread, ``matrix_kind`` which matrix
+    instructions there are: ``HGMMA`` is Hopper's warpgroup product, ``HMMA`` the one of a single warp."""
 
     kernel: str
     dtype: str
@@ -72,6 +73,7 @@ class Resources:
     shared_memory: int
     spill_bytes: int
     matrix_instructions: int
+    matrix_kind: str
 
 
 def compile_kernel(kernel: str, dtype: torch.dtype, head_dim: int, arch: str, config: Config | None = None) -> Resources:
@@ -115,7 +117,7 @@ def compile_kernel(kernel: str, dtype: torch.dtype, head_dim: int, arch: str, co
     return Resources(
         kernel, str(dtype).removeprefix("torch."), head_dim, arch,
         config.block_m, config.block_n, config.num_warps, config.num_stages,
-        registers, compiled.metadata.shared, spills, matrix,
+        registers, compiled.metadata.shared, spills, len(matrix), "+".join(sorted(set(matrix))),
     )  # fmt: skip
 
 
@@ -130,7 +132,7 @@ def _argument_type(name: str, dtype: torch.dtype) -> str:
     return "fp32" if name.startswith("scale") else "i32"
 
 
-def _read_cubin(cubin: bytes, target: Architecture) -> tuple[int, int, int]:
+def _read_cubin(cubin: bytes, target: Architecture) -> tuple[int, int, list[str]]:
     """(registers, local memory bytes, matrix instructions) of a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -139,7 +141,7 @@ def _read_cubin(cubin: bytes, target: Architecture) -> tuple[int, int, int]:
         sass = _run("nvdisasm", "-c", path)
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     local = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
-    return registers, local, len(re.findall(target.matrix, sass))
+    return registers, local, re.findall(target.matrix, sass)
 
 
 def _run(tool: str, *arguments) -> str:
@@ -150,11 +152,11 @@ def _run(tool: str, *arguments) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _read_amdgcn(assembly: str, target: Architecture) -> tuple[int, int, int]:
+def _read_amdgcn(assembly: str, target: Architecture) -> tuple[int, int, list[str]]:
     """(vector registers, private memory bytes, matrix instructions) of AMD assembly."""
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly).group(1))
     private = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly).group(1))
-    return registers, private, len(re.findall(target.matrix, assembly))
+    return registers, private, re.findall(target.matrix, assembly)
 
 
 def compile_all(archs, dtypes, head_dims, kernels=KERNELS):
@@ -198,7 +200,8 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(r)
         print(
             f"{r.kernel:23} {r.dtype:8} {r.head_dim:<4} {r.arch:7} {r.block_m:>3}x{r.block_n:<4} {r.num_warps:>5} "
-            f"{r.num_stages:>6} {r.registers:>5} {r.shared_memory:>7} {r.spill_bytes:>6} {r.matrix_instructions:>7}",
+            f"{r.num_stages:>6} {r.registers:>5} {r.shared_memory:>7} {r.spill_bytes:>6} "
+            f"{r.matrix_instructions:>7} {r.matrix_kind}",
             flush=True,
         )
     if args.csv:

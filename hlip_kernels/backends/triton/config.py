@@ -24,7 +24,7 @@ class Config:
 
 KERNELS = ("attention_forward", "attention_backward_dq", "attention_backward_dkdv")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 256
 
 # Families: "hopper" has warpgroup products (sm_90, sm_100, sm_103), "ampere" those of one warp and as little as 99 KB of
 # shared memory (sm_80, sm_86, sm_89, sm_120), "amd" 64 threads a warp and 64 KB.
@@ -38,72 +38,85 @@ _HOPPER = {
         32: Config(128, 64, 4, 3),
         64: Config(128, 64, 4, 3),
         128: Config(64, 64, 4, 2),
+        256: Config(64, 64, 8, 2),
     },
     ("attention_backward_dq", 2): {
         16: Config(128, 32, 4, 2),
         32: Config(128, 32, 4, 2),
         64: Config(128, 64, 8, 2),
         128: Config(64, 32, 4, 2),
+        256: Config(64, 32, 8, 2),
     },
     ("attention_backward_dkdv", 2): {
         16: Config(64, 128, 8, 2),
         32: Config(64, 128, 8, 2),
         64: Config(64, 128, 8, 2),
         128: Config(32, 64, 8, 2),
+        256: Config(32, 32, 8, 1),
     },
     ("attention_forward", 4): {
         16: Config(32, 32, 4, 1),
         32: Config(64, 32, 4, 1),
         64: Config(64, 32, 8, 1),
         128: Config(32, 16, 8, 1),
+        256: Config(16, 32, 8, 1),
     },
     ("attention_backward_dq", 4): {
         16: Config(32, 32, 4, 1),
         32: Config(32, 32, 4, 1),
         64: Config(32, 32, 4, 2),
         128: Config(16, 16, 8, 3),
+        256: Config(16, 16, 16, 2),
     },
     ("attention_backward_dkdv", 4): {
         16: Config(32, 32, 4, 1),
         32: Config(32, 32, 4, 1),
         64: Config(32, 32, 8, 1),
         128: Config(16, 32, 8, 1),
+        256: Config(16, 16, 8, 1),
     },
 }
 
-# What the others want instead.
+# Where the others want something else.
 _AMPERE = {
     ("attention_forward", 2): {
-        16: Config(128, 64, 4, 3),
-        32: Config(128, 64, 4, 3),
         64: Config(128, 64, 8, 3),
         128: Config(64, 32, 4, 2),
+        256: Config(64, 32, 8, 2),
+    },
+    ("attention_backward_dq", 2): {
+        256: Config(32, 32, 8, 2),
     },
     ("attention_backward_dkdv", 2): {
-        16: Config(64, 128, 8, 2),
-        32: Config(64, 128, 8, 2),
         64: Config(32, 128, 8, 2),
-        128: Config(32, 64, 8, 2),
     },
 }
 _AMD = {
-    ("attention_backward_dq", 4): {
-        16: Config(32, 32, 4, 1),
-        32: Config(32, 32, 4, 1),
-        64: Config(32, 32, 8, 2),
-        128: Config(16, 32, 8, 2),
+    ("attention_forward", 2): {
+        256: Config(64, 32, 4, 2),
+    },
+    ("attention_backward_dq", 2): {
+        256: Config(32, 32, 4, 1),
     },
     ("attention_backward_dkdv", 2): {
         16: Config(64, 64, 4, 1),
         32: Config(64, 64, 4, 1),
         64: Config(32, 64, 4, 1),
         128: Config(32, 64, 4, 1),
+        256: Config(16, 32, 4, 1),
+    },
+    ("attention_forward", 4): {
+        256: Config(16, 16, 4, 1),
+    },
+    ("attention_backward_dq", 4): {
+        64: Config(32, 32, 8, 2),
+        128: Config(16, 32, 8, 2),
+        256: Config(32, 16, 4, 2),
     },
     ("attention_backward_dkdv", 4): {
-        16: Config(32, 32, 4, 1),
-        32: Config(32, 32, 4, 1),
         64: Config(16, 32, 4, 1),
         128: Config(16, 16, 4, 1),
+        256: Config(16, 16, 4, 1),
     },
 }
 
@@ -125,6 +138,6 @@ def family_of(device: torch.device) -> str:
 
 def config_for(kernel: str, dtype: torch.dtype, head_dim: int, family: str) -> Config:
     """The tile sizes of one kernel for one of :data:`FAMILIES`."""
-    key = kernel, dtype.itemsize
-    own = {"hopper": _HOPPER, "ampere": _AMPERE, "amd": _AMD}[family]
-    return own.get(key, _HOPPER[key])[padded_head_dim(head_dim)]
+    key, width = (kernel, dtype.itemsize), padded_head_dim(head_dim)
+    own = {"hopper": {}, "ampere": _AMPERE, "amd": _AMD}[family]
+    return own.get(key, {}).get(width) or _HOPPER[key][width]

@@ -61,7 +61,7 @@ def _forward_step(
     return acc_MD, new_max_M, sum_M * shrink_M + tl.sum(p_MN, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it changes with every batch
 def attention_forward(
     q, k, v, out, lse, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, num_rows, scale_log2,
@@ -128,7 +128,7 @@ def _dq_step(
     return tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=PRECISION), sum_M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it changes with every batch
 def attention_backward_dq(
     q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, do_row, do_head, dlse_head, dlse_row, dq_row, dq_head,
@@ -217,7 +217,7 @@ def _dkdv_step(
     return dk_ND, dv_ND
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it changes with every batch
 def attention_backward_dkdv(
     q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, dk_row, dk_head, dv_row, dv_head,
