@@ -9,6 +9,7 @@ Needs torch; uses triton and the CUDA extension where they are there (``python -
 from .layer import HierarchicalAttention
 from .layout import Layout
 from .ops import attention, patch_grids, patchify, segment_mean, switch_level
+from .warmup import warmup
 
 __version__ = "0.1.0"
-__all__ = ["HierarchicalAttention", "Layout", "attention", "patch_grids", "patchify", "segment_mean", "switch_level"]
+__all__ = ["HierarchicalAttention", "Layout", "attention", "patch_grids", "patchify", "segment_mean", "switch_level", "warmup"]

@@ -1,0 +1,52 @@
+"""Getting ready before the clock runs: compile the kernels and lay out their tiles ahead of the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from .layout import Layout
+from .ops import attention
+
+
+def warmup(
+    layouts: Iterable[Layout],
+    *,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    levels: Sequence[str] | None = None,
+    backward: bool = True,
+    neighbours: int = 0,
+    summary: str | None = None,
+    backend: str = "auto",
+) -> None:
+    """Runs attention once on zeros for every layout and level, so that no later call compiles or builds anything.
+
+    Compiling depends on dtype, head dim and pattern options, never on lengths: one small layout is enough for the kernels.
+    The tiles (or, for ``sdpa``, the groups) of a pattern belong to its layout: pass the layouts you will use, of a fixed
+    validation set or before capturing a CUDA graph, and their first real call finds them made.
+
+    Args:
+        layouts: on the device that attention will run on.
+        heads, head_dim, dtype: of q, k and v, which are made as views of one packed ``(R, 3, heads, head_dim)`` projection.
+        levels: default: all of each layout (with ``neighbours`` or ``summary``, those that can have them).
+        backward: also the backward pass.
+        neighbours, summary, backend: as in :func:`hlip_kernels.attention`.
+
+    Raises:
+        ValueError, NotImplementedError: as :func:`hlip_kernels.attention` would.
+    """
+    for layout in layouts:
+        shape = (layout.num_rows, 3, heads, head_dim)
+        for level in _levels(layout, neighbours, summary) if levels is None else levels:
+            qkv = torch.zeros(shape, dtype=dtype, device=layout.device, requires_grad=backward)
+            out = attention(*qkv.unbind(1), layout, level, neighbours=neighbours, summary=summary, backend=backend)
+            if backward:
+                out.backward(torch.zeros_like(out))
+
+
+def _levels(layout: Layout, neighbours: int, summary: str | None) -> tuple[str, ...]:
+    last = len(layout.levels) if summary is None else layout.index(summary)
+    return layout.levels[: min(last, len(layout.levels) - 1) if neighbours else last]
