@@ -102,7 +102,8 @@ def compile_kernel(kernel: str, dtype: torch.dtype, head_dim: int, arch: str, co
     for i, name in enumerate(function.arg_names):
         signature[name] = "constexpr" if name in constants else _argument_type(name, dtype)
         # As at launch: addresses and strides of real tensors are multiples of 16.
-        if signature[name].startswith("*") or name.endswith(("_row", "_head")):
+        stride = name.endswith(("_row", "_head")) and not name.startswith("dlse")
+        if signature[name].startswith("*") or stride:
             attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     compiled = triton.compile(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hlip_kernels import HierarchicalAttention, Layout, attention, native, patchify, segment_mean, switch_level
+from hlip_kernels import HierarchicalAttention, Layout, attention, native, patchify, segment_mean, switch_level, warmup
 from hlip_kernels.backends import BACKENDS, Query
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -45,7 +45,7 @@ def sdpa_error(layout, level, qkv, dtype, truth):
     return relative(out, truth[0]), relative(grad, truth[1])
 
 
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_attention_error_is_at_most_twice_torchs_own(layout, backend, dtype, head_dim):
@@ -63,7 +63,7 @@ def test_attention_error_is_at_most_twice_torchs_own(layout, backend, dtype, hea
         got = attention(*leaf.unbind(1), layout, level, backend=backend)
         (grad,) = torch.autograd.grad(got, leaf, g.to(dtype))
         bound_out, bound_grad = sdpa_error(layout, level, qkv, dtype, truth)
-        floor = 4 * torch.finfo(dtype).eps
+        floor = 0.25 * torch.finfo(dtype).eps  # where torch is exact: the error of rounding the result once
         assert relative(got, truth[0]) <= 2 * bound_out + floor, level
         assert relative(grad, truth[1]) <= 2 * bound_grad + floor, level
         assert torch.equal(got[layout.prefix_rows(level).stop :], torch.zeros_like(got[layout.prefix_rows(level).stop :]))
@@ -153,6 +153,20 @@ def test_cuda_graph_of_a_layer(layout):
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(out, layer(x, layout, "slice"))
+
+
+def test_new_lengths_never_compile_a_kernel_again(monkeypatch):
+    from triton import knobs
+
+    warmup([Layout.from_grids(GRIDS, num_prefix=2).to("cuda")], heads=2, head_dim=64, dtype=torch.bfloat16, backend="triton")
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **what: compiled.append(what["repr"]))
+    for depth in (1, 2, 5, 16):
+        layout = Layout.from_grids([[(depth, 3, 5), (1, 7, 7)]] * depth, num_prefix=2).to("cuda")
+        for level in layout.levels:
+            qkv = torch.randn(layout.num_rows, 3, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            attention(*qkv.unbind(1), layout, level, backend="triton").sum().backward()
+    assert not compiled
 
 
 def test_compiled_layer_equals_eager(layout):

@@ -128,7 +128,7 @@ def _dq_step(
     return tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=PRECISION), sum_M
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # it changes with every batch
+@triton.jit(do_not_specialize=["num_rows", "dlse_head"])  # they change with every batch
 def attention_backward_dq(
     q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, do_row, do_head, dlse_head, dlse_row, dq_row, dq_head,
