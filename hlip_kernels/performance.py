@@ -25,26 +25,25 @@ from .backends.triton.config import config_for, padded_head_dim
 from .layout import Layout
 from .pattern import K_PATCHES, K_PREFIXES, Plan
 
-# (matrix products, other float32 operations) per logit, and tensors read and written once, of each kernel.
+# Matrix products per logit, and tensors read or written once, of each kernel; other float32 operations per logit of all.
 _PRODUCTS = {"attention_forward": 2, "attention_backward_dq": 3, "attention_backward_dkdv": 4}
-_FLOATS = {"attention_forward": 5, "attention_backward_dq": 5, "attention_backward_dkdv": 5}
+_FLOATS = 5
 _TENSORS = {"attention_forward": 4, "attention_backward_dq": 6, "attention_backward_dkdv": 6}
 LAUNCH = 3e-6  # seconds a kernel takes to start and drain
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU does: per multiprocessor and clock, and its memory. From the vendors' data sheets.
+    """What a GPU does: per multiprocessor and clock, and its memory. From the vendors' data sheets and programming guides.
 
     Attributes:
-        multiprocessors: SMs or CUs. clock: Hz under load.
+        multiprocessors: how many. clock: Hz at which ``matrix`` gives the data sheet's peak.
         matrix: FLOPs per clock, by bytes per element (2: tensor cores; 4: float32 units, since float32 means float32).
         exponentials: base-2 exponentials per clock. floats: float32 operations per clock, a fused multiply-add being one.
         bandwidth: of device memory, bytes/s.
         family: whose tile sizes it takes.
     """
 
-    name: str
     multiprocessors: int
     clock: float
     matrix: dict[int, int]
@@ -59,10 +58,10 @@ class Rates:
 
 
 RATES = {
-    "A100": Rates("A100", 108, 1.41e9, {2: 2048, 4: 128}, 16, 64, 2.0e12, "ampere"),
-    "H100": Rates("H100", 132, 1.83e9, {2: 4096, 4: 256}, 16, 128, 3.35e12),
-    "H200": Rates("H200", 132, 1.83e9, {2: 4096, 4: 256}, 16, 128, 4.8e12),
-    "B200": Rates("B200", 148, 1.85e9, {2: 8192, 4: 256}, 16, 128, 8.0e12),
+    "A100": Rates(108, 1.41e9, {2: 2048, 4: 128}, 16, 64, 2.0e12, "ampere"),
+    "H100": Rates(132, 1.83e9, {2: 4096, 4: 256}, 16, 128, 3.35e12),
+    "H200": Rates(132, 1.83e9, {2: 4096, 4: 256}, 16, 128, 4.8e12),
+    "B200": Rates(148, 1.85e9, {2: 8192, 4: 256}, 16, 128, 8.0e12),
 }
 
 
@@ -112,7 +111,7 @@ def predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: to
     times = {
         "matrix": logits * 2 * _PRODUCTS[kernel] * padded_head_dim(head_dim) / rates.matrix[dtype.itemsize],
         "exponentials": logits / rates.exponentials,
-        "floats": logits * _FLOATS[kernel] / rates.floats,
+        "floats": logits * _FLOATS / rates.floats,
     }
     memory = _TENSORS[kernel] * plan.num_rows * heads * head_dim * dtype.itemsize / rates.bandwidth
     overlapped, balance = _makespan(np.max(list(times.values()), axis=0), heads, rates.multiprocessors)

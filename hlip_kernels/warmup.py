@@ -24,7 +24,8 @@ def warmup(
 ) -> None:
     """Runs attention once on zeros for every layout and level, so that no later call compiles or builds anything.
 
-    Compiling depends on dtype, head dim and pattern options, never on lengths: one small layout is enough for the kernels.
+    Compiling depends on dtype and head dim, never on lengths: one small layout is enough for the kernels. (A gradient through
+    the log-sum-exp, or strides that are no multiples of 16, compile a variant of their own, not made here.)
     The tiles (or, for ``sdpa``, the groups) of a pattern belong to its layout: pass the layouts you will use, of a fixed
     validation set or before capturing a CUDA graph, and their first real call finds them made.
 
