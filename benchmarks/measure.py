@@ -103,15 +103,21 @@ def _flush_buffer() -> Tensor:
     return torch.empty(2**28, dtype=torch.uint8, device=device())
 
 
-def run(benchmark, call: Callable[[], object], *, flops: float = 0.0, nbytes: float = 0.0, rounds: int = 0, **row) -> None:
+def run(
+    benchmark, call: Callable[[], object], *, flops: float = 0.0, nbytes: float = 0.0, rounds: int = 0,
+    beside: dict[str, Callable[[], object]] | None = None, **row,
+) -> None:  # fmt: skip
     """Measures ``call`` with pytest-benchmark, cold cache on a GPU, and notes what the report needs.
 
     Args:
         benchmark: pytest-benchmark's fixture. call: takes nothing.
         flops, nbytes: the work of one call, for the floor.
         rounds: default 30 on a GPU; on a CPU as many as take a second, 5 to 30.
+        beside: other implementations by name, to measure in turn with ``call``, round by round. A machine that changes its
+            speed between two tests does so for all of them alike. Each gets a row of its own.
         row: labels of the row: workload, level, pass, implementation.
     """
+    beside = beside or {}
     d = device()
     cuda = d.type == "cuda"
     for _ in range(3):  # compile, allocate, warm up
@@ -120,6 +126,9 @@ def run(benchmark, call: Callable[[], object], *, flops: float = 0.0, nbytes: fl
         seconds = time.perf_counter() - begin
         if not cuda and seconds > 0.5:  # nothing left to warm
             break
+    for other in beside.values():
+        for _ in range(1 if not cuda and seconds > 0.5 else 3):
+            other()
     if not cuda:
         rounds = rounds or min(30, max(5, round(1 / seconds)))
     if cuda:
@@ -129,16 +138,19 @@ def run(benchmark, call: Callable[[], object], *, flops: float = 0.0, nbytes: fl
         torch.cuda.synchronize()
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
     device_times: list[float] = []
+    other_times: dict[str, list[float]] = {name: [] for name in beside}
 
     def once():
         device_times.append(timed(call))
+        for name, other in beside.items():
+            other_times[name].append(timed(other))
 
     benchmark.pedantic(once, setup=(lambda: _flush_buffer().zero_()) if cuda else None, rounds=rounds or 30)
     rate, bandwidth = ceilings()
     benchmark.extra_info.update(machine())
     benchmark.extra_info.update(
         row, dtype=str(dtype()).removeprefix("torch."), flops=flops, bytes=nbytes, seconds=sorted(device_times),
-        matmul_flops=rate, copy_bandwidth=bandwidth,
+        beside={name: sorted(times) for name, times in other_times.items()}, matmul_flops=rate, copy_bandwidth=bandwidth,
     )  # fmt: skip
 
 

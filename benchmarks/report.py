@@ -40,13 +40,16 @@ def read(path: Path) -> list[dict]:
     rows = []
     for entry in data["benchmarks"]:
         info = entry["extra_info"]
-        seconds = sorted(info.get("seconds") or entry["stats"]["data"])
-        row = {column: info.get(column, "") for column in COLUMNS}
-        row |= {
-            "median_s": statistics.median(seconds), "p10_s": _quantile(seconds, 0.1), "p90_s": _quantile(seconds, 0.9),
-            "rounds": len(seconds), "date": data["datetime"][:10],
-        }  # fmt: skip
-        rows.append(row)
+        measured = {info["implementation"]: info.get("seconds") or entry["stats"]["data"], **info.get("beside", {})}
+        for implementation, seconds in measured.items():
+            seconds = sorted(seconds)
+            row = {column: info.get(column, "") for column in COLUMNS}
+            row |= {
+                "implementation": implementation,
+                "median_s": statistics.median(seconds), "p10_s": _quantile(seconds, 0.1), "p90_s": _quantile(seconds, 0.9),
+                "rounds": len(seconds), "date": data["datetime"][:10],
+            }  # fmt: skip
+            rows.append(row)
     return rows
 
 

@@ -20,71 +20,92 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Rows:
-    """The query rows or the key rows of all groups, group after group.
+    """The query rows or the key rows of all groups, group after group: ``N`` rows out of ``R``.
 
     Attributes:
         shapes: (segments, rows of each) per group.
-        index: int64: the rows; in each segment its patch rows and then its prefix rows.
+        index: int64 ``(N,)``: the rows; in each segment its patch rows and then its prefix rows.
+        place: int64 ``(R,)``: where each row is in that order; ``N`` for a row that is in none of the groups.
+        dead: the rows that are in none; ``None`` if there are none.
         runs: where they lie if there is no need to gather: first row, and rows given to each segment of the (then only)
             group. One run is a view, two are concatenated.
     """
 
     shapes: list[tuple[int, int]]
     index: torch.Tensor
+    place: torch.Tensor
+    dead: torch.Tensor | None
     runs: tuple[tuple[int, int], ...] = ()
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """``(R, H, D)`` -> ``(n, H, length, D)`` per group; an lse ``(H, R)`` -> ``(n, H, length)``."""
+        dim = 0 if x.ndim == 3 else 1
+        if not self.runs:
+            return self._groups(x.index_select(dim, self.index))
+        parts = self._parts(x, dim)
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim + 1)
+        return [joined.transpose(1, 2) if dim == 0 else joined.transpose(0, 1)]
+
+    def scatter(self, values: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The opposite of :meth:`gather`, rows outside the groups 0; each row must be in one group at most."""
+        first = values[0]
+        dim, tail = (0, (first.shape[1], first.shape[3])) if first.ndim == 4 else (1, first.shape[1:2])
+        made = {"dtype": dtype, "device": first.device}
+        if not self.runs:
+            # Through a buffer in the order of the groups and its rows picked: one pass more, but gathering is quick, unlike
+            # writing to scattered rows.
+            total = len(self.index)
+            rows = torch.empty((total + 1, *tail) if dim == 0 else (*tail, total + 1), **made)
+            rows.select(dim, total).zero_()
+            for view, value in zip(self._groups(rows), values, strict=True):
+                view.copy_(value)
+            return rows.index_select(dim, self.place)
+        out = torch.empty((len(self.place), *tail) if dim == 0 else (*tail, len(self.place)), **made)
+        if self.dead is not None:
+            out.index_fill_(dim, self.dead, 0)
+        sizes = [each for _, each in self.runs]
+        for part, value in zip(self._parts(out, dim), first.split(sizes, 2), strict=True):
+            part.copy_(value.transpose(1, 2) if dim == 0 else value.transpose(0, 1))
+        return out
+
+    def add(self, values: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """As :meth:`scatter`, for rows that may be in several groups; the order of the additions is fixed on every device."""
+        rows = torch.cat([v.transpose(1, 2).flatten(0, 1) for v in values]).to(stats_dtype(dtype))
+        out = rows.new_zeros((len(self.place), *rows.shape[1:]))
+        if out.device.type == "cpu":
+            out.index_add_(0, self.index, rows)
+        else:
+            out.index_put_((self.index,), rows, accumulate=True)  # sorts, unlike index_add_, which races
+        return out.to(dtype)
 
     def _parts(self, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
         """Views of the runs in ``x``, dimension ``dim`` unflattened into (segments, rows of each)."""
         n = self.shapes[0][0]
         return [x.narrow(dim, start, n * each).unflatten(dim, (n, each)) for start, each in self.runs]
 
-    def _take(self, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
-        """Per group, dimension ``dim`` of ``x`` made into (segments, rows of each)."""
-        if self.runs:
-            parts = self._parts(x, dim)
-            return parts if len(parts) == 1 else [torch.cat(parts, dim + 1)]
-        rows = x.index_select(dim, self.index).split([n * length for n, length in self.shapes], dim)
-        before, after = x.shape[:dim], x.shape[dim + 1 :]
-        return [part.view(*before, *shape, *after) for part, shape in zip(rows, self.shapes, strict=True)]
+    def _groups(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """A fresh ``(N, H, D)`` or ``(H, N)`` in the order of the index -> a view ``(n, H, length[, D])`` of each group.
 
-    def _put(self, x: torch.Tensor, values: list[torch.Tensor], dim: int) -> None:
-        if self.runs:
-            sizes = [each for _, each in self.runs]
-            for part, value in zip(self._parts(x, dim), values[0].split(sizes, dim + 1), strict=True):
-                part.copy_(value)
-        else:
-            x.index_copy_(dim, self.index, torch.cat([v.flatten(dim, dim + 1) for v in values], dim).to(x.dtype))
-
-    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """``(R, H, D)`` -> ``(n, H, length, D)`` per group."""
-        return [t.transpose(1, 2) for t in self._take(x, 0)]
-
-    def scatter(self, out: torch.Tensor, values: list[torch.Tensor]) -> None:
-        """``(n, H, length, D)`` per group into the rows of ``out`` ``(R, H, D)``."""
-        self._put(out, [v.transpose(1, 2) for v in values], 0)
-
-    def add(self, out: torch.Tensor, values: list[torch.Tensor]) -> None:
-        """Adds to rows that may occur more than once; the order of the additions is fixed on every device."""
-        rows = torch.cat([v.transpose(1, 2).flatten(0, 1) for v in values]).to(out.dtype)
-        if out.device.type == "cpu":
-            out.index_add_(0, self.index, rows)
-        else:
-            out.index_put_((self.index,), rows, accumulate=True)  # sorts, unlike index_add_, which races
-
-    def gather_lse(self, lse: torch.Tensor) -> list[torch.Tensor]:
-        """``(H, R)`` -> ``(n, H, length)`` per group."""
-        return [t.transpose(0, 1) for t in self._take(lse, 1)]
-
-    def scatter_lse(self, lse: torch.Tensor, values: list[torch.Tensor]) -> None:
-        self._put(lse, [v.transpose(0, 1) for v in values], 1)
+        One ``as_strided`` each: where every segment has a length of its own, more would cost what attention does.
+        """
+        views, start = [], 0
+        for n, length in self.shapes:
+            if rows.ndim == 3:
+                _, heads, dim = rows.shape
+                size, strides, offset = (n, heads, length, dim), (length * heads * dim, dim, heads * dim, 1), start * heads * dim
+            else:
+                heads, total = rows.shape
+                size, strides, offset = (n, heads, length), (length, total, 1), start
+            views.append(rows.as_strided(size, strides, offset))
+            start += n * length
+        return views
 
 
 @dataclass(frozen=True)
 class Groups:
     query: Rows
     keys: Rows
-    dead: torch.Tensor | None  # rows no group writes
-    keys_overlap: bool  # a key row is seen by more than one record, or by none
+    keys_overlap: bool  # a key row is seen by more than one record
 
     def __bool__(self) -> bool:
         return bool(self.query.shapes)
@@ -106,21 +127,12 @@ def _make_groups(plan: Plan, device: torch.device) -> Groups:
     # Groups in the order of their first records, so that segments all unlike stay in theirs.
     _, first, group_of = np.unique(lengths, axis=0, return_index=True, return_inverse=True)
     groups = [records[group_of.ravel() == g] for g in np.argsort(first)]
-    query, query_rows = _make_rows([g[:, [Q_PATCH, Q_PATCHES, Q_PREFIX, Q_PREFIXES]] for g in groups], device)
-    keys, key_rows = _make_rows([g[:, [K_PATCH, K_PATCHES, K_PREFIX, K_PREFIXES]] for g in groups], device)
-    written = np.zeros(plan.num_rows, dtype=bool)
-    written[query_rows] = True
-    seen = np.bincount(key_rows, minlength=plan.num_rows)
-    dead = np.flatnonzero(~written)
-    return Groups(
-        query,
-        keys,
-        torch.from_numpy(dead).to(device, non_blocking=True) if len(dead) else None,
-        bool((seen[written] != 1).any() or seen[~written].any()),
-    )
+    query = _make_rows([g[:, [Q_PATCH, Q_PATCHES, Q_PREFIX, Q_PREFIXES]] for g in groups], plan.num_rows, device)
+    keys = _make_rows([g[:, [K_PATCH, K_PATCHES, K_PREFIX, K_PREFIXES]] for g in groups], plan.num_rows, device)
+    return Groups(query[0], keys[0], bool((np.bincount(keys[1], minlength=1) > 1).any()))
 
 
-def _make_rows(groups: list[np.ndarray], device: torch.device) -> tuple[Rows, np.ndarray]:
+def _make_rows(groups: list[np.ndarray], num_rows: int, device: torch.device) -> tuple[Rows, np.ndarray]:
     """From (patch start, patch count, prefix start, prefix count) per record of each group; and the rows, on the host."""
     shapes, rows = [], [np.empty(0, dtype=np.int64)]
     for ranges in groups:
@@ -130,8 +142,13 @@ def _make_rows(groups: list[np.ndarray], device: torch.device) -> tuple[Rows, np
         shapes.append((len(ranges), length))
         rows.append(np.where(i < patches, patch + i, prefix + i - patches).ravel())
     index = np.concatenate(rows)
+    place = np.full(num_rows, len(index))
+    place[index] = np.arange(len(index))
+    dead = np.flatnonzero(place == len(index))
+    tables = (torch.from_numpy(t).to(device, non_blocking=True) for t in (index, place, dead))
+    index_table, place_table, dead_table = tables
     runs = _runs(groups[0]) if len(groups) == 1 else ()
-    return Rows(shapes, torch.from_numpy(index).to(device, non_blocking=True), runs), index
+    return Rows(shapes, index_table, place_table, dead_table if len(dead) else None, runs), index
 
 
 def _runs(ranges: np.ndarray) -> tuple[tuple[int, int], ...]:
@@ -161,50 +178,30 @@ class SdpaBackend(Backend):
 
     def forward(self, q, k, v, plan, scale):
         groups = groups_of(plan, q.device)
-        out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), _empty_lse(q)
-        _zero(groups, out, lse)
-        if groups:
-            gathered = groups.query.gather(q), groups.keys.gather(k), groups.keys.gather(v)
-            outs, lses = zip(*(_forward(*group, scale) for group in zip(*gathered, strict=True)), strict=True)
-            groups.query.scatter(out, outs)
-            groups.query.scatter_lse(lse, lses)
-        return out, lse
+        if not groups:
+            return torch.zeros(q.shape, dtype=q.dtype, device=q.device), _zero_lse(q)
+        gathered = groups.query.gather(q), groups.keys.gather(k), groups.keys.gather(v)
+        outs, lses = zip(*(_forward(*group, scale) for group in zip(*gathered, strict=True)), strict=True)
+        return groups.query.scatter(outs, q.dtype), groups.query.scatter(lses, stats_dtype(q.dtype))
 
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale):
         groups = groups_of(plan, q.device)
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        _zero(groups, dq)
-        if groups.keys_overlap:
-            dk = torch.zeros(k.shape, dtype=stats_dtype(k.dtype), device=k.device)
-            dv = torch.zeros_like(dk)
-        else:
-            dk, dv = torch.empty_like(dq), torch.empty_like(dq)
-            _zero(groups, dk, dv)
-        if groups:
-            query, keys = groups.query, groups.keys
-            gathered = query.gather(grad_out), query.gather(q), keys.gather(k), keys.gather(v), query.gather(out)
-            lses = query.gather_lse(lse)
-            grads = [_backward(*group, scale) for group in zip(*gathered, lses, strict=True)]
-            if grad_lse is not None:
-                grad_lses = query.gather_lse(grad_lse)
-                for group_grads, *group in zip(grads, grad_lses, gathered[1], gathered[2], lses, strict=True):
-                    _add_lse_gradient(group_grads, *group, scale)
-            query.scatter(dq, [g[0] for g in grads])
-            put = keys.add if groups.keys_overlap else keys.scatter
-            put(dk, [g[1] for g in grads])
-            put(dv, [g[2] for g in grads])
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
+        if not groups:
+            return tuple(torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        query, keys = groups.query, groups.keys
+        gathered = query.gather(grad_out), query.gather(q), keys.gather(k), keys.gather(v), query.gather(out)
+        lses = query.gather(lse)
+        grads = [_backward(*group, scale) for group in zip(*gathered, lses, strict=True)]
+        if grad_lse is not None:
+            for group_grads, *group in zip(grads, query.gather(grad_lse), gathered[1], gathered[2], lses, strict=True):
+                _add_lse_gradient(group_grads, *group, scale)
+        put = keys.add if groups.keys_overlap else keys.scatter
+        dq, dk, dv = zip(*grads, strict=True)
+        return query.scatter(dq, q.dtype), put(dk, k.dtype), put(dv, v.dtype)
 
 
-def _empty_lse(q: torch.Tensor) -> torch.Tensor:
-    return torch.empty((q.shape[1], q.shape[0]), dtype=stats_dtype(q.dtype), device=q.device)
-
-
-def _zero(groups: Groups, x: torch.Tensor, *more: torch.Tensor) -> None:
-    """Zeroes the rows no group writes; an ``(H, R)`` lse is recognised by having two dimensions."""
-    if groups.dead is not None:
-        for t in (x, *more):
-            t.index_fill_(0 if t.ndim == 3 else 1, groups.dead, 0)
+def _zero_lse(q: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((q.shape[1], q.shape[0]), dtype=stats_dtype(q.dtype), device=q.device)
 
 
 def _has_fused(q: torch.Tensor) -> str | None:
