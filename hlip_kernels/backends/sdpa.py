@@ -92,7 +92,8 @@ class Rows:
         for n, length in self.shapes:
             if rows.ndim == 3:
                 _, heads, dim = rows.shape
-                size, strides, offset = (n, heads, length, dim), (length * heads * dim, dim, heads * dim, 1), start * heads * dim
+                row = heads * dim
+                size, strides, offset = (n, heads, length, dim), (length * row, dim, row, 1), start * row
             else:
                 heads, total = rows.shape
                 size, strides, offset = (n, heads, length), (length, total, 1), start
