@@ -1,6 +1,11 @@
 // The Python module hlip_kernels._C: raw addresses and a stream handle in, exceptions out. It links neither torch nor
 // libcuda, so one build serves every torch, and importing it needs no driver.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -13,6 +18,42 @@ using namespace hlip;
 #ifndef HLIP_NVCC_VERSION
 #define HLIP_NVCC_VERSION ""
 #endif
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Calls run(std::integral_constant<int, D>) for a head dim there are kernels for.
+template <typename Run>
+void with_head_dim(int head_dim, Run run) {
+  switch (head_dim) {
+    case 32: return run(std::integral_constant<int, 32>{});
+    case 64: return run(std::integral_constant<int, 64>{});
+    case 80: return run(std::integral_constant<int, 80>{});
+    case 96: return run(std::integral_constant<int, 96>{});
+    case 128: return run(std::integral_constant<int, 128>{});
+    default: throw std::runtime_error("hlip: short-segment attention has no kernel for head dim " + std::to_string(head_dim));
+  }
+}
+
+void short_attention_forward(Target target, Type type, int head_dim, View q, View k, View v, uintptr_t out, uintptr_t lse, Tables tables,
+                             Extent extent, int64_t heads, int64_t num_rows, float scale_log2) {
+  const ForwardArguments a{q, k, v, at<void>(out), at<float>(lse), tables, heads, num_rows, scale_log2};
+  with_head_dim(head_dim, [&](auto d) { short_forward<decltype(d)::value>(target, type, a, extent); });
+}
+
+void short_attention_backward(Target target, Type type, int head_dim, View q, View k, View v, View out, View grad_out, uintptr_t lse,
+                              uintptr_t grad_lse, int64_t grad_lse_head, int64_t grad_lse_row, uintptr_t dq, uintptr_t dk, uintptr_t dv,
+                              Tables tables, Extent extent, int64_t heads, int64_t num_rows, float scale, float scale_log2) {
+  const BackwardArguments a{q, k, v, out, grad_out, at<const float>(lse), at<const float>(grad_lse), grad_lse_head, grad_lse_row,
+                            at<void>(dq), at<void>(dk), at<void>(dv), tables, heads, num_rows, scale, scale_log2};
+  with_head_dim(head_dim, [&](auto d) { short_backward<decltype(d)::value>(target, type, a, extent); });
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of hlip_kernels. Internal: use the functions of hlip_kernels, which check their arguments.";
@@ -46,4 +87,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("patchify_backward", &patchify_backward, nogil, py::arg("target"), py::arg("voxel_type"), py::arg("type"),
         py::arg("grad_out"), py::arg("grad_voxels"), py::arg("scans"), py::arg("keep"), py::arg("num_scans"), py::arg("num_patches"),
         py::arg("pd"), py::arg("ph"), py::arg("pw"), py::arg("scale"));
+
+  py::class_<View>(m, "View", "A (R, H, D) tensor: address, row stride and head stride in elements.")
+      .def(py::init([](uintptr_t address, int64_t row, int64_t head) { return View{at<const void>(address), row, head}; }));
+  py::class_<Tables>(m, "Tables", "Addresses of the int32 tables packs, starts and records.")
+      .def(py::init([](uintptr_t packs, uintptr_t starts, uintptr_t records) {
+        return Tables{at<const int>(packs), at<const int>(starts), at<const int>(records)};
+      }));
+  py::class_<Extent>(m, "Extent", "Packs, rows of the largest, most keys seen by 16 rows.")
+      .def(py::init([](int64_t blocks, int64_t rows, int64_t keys) { return Extent{blocks, rows, keys}; }));
+  m.attr("short_head_dims") = std::vector<int>(std::begin(kShortHeadDims), std::end(kShortHeadDims));
+  m.attr("short_keys") = std::vector<int>(std::begin(kShortKeys), std::end(kShortKeys));
+  m.def("short_attention_forward", &short_attention_forward, nogil);
+  m.def("short_attention_backward", &short_attention_backward, nogil);
 }

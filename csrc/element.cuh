@@ -25,6 +25,11 @@ HLIP_BOTH __half from_float<__half>(float v) { return __float2half_rn(v); }
 template <>
 HLIP_BOTH __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
+template <typename T>
+constexpr bool kIsHalf = false;
+template <>
+inline constexpr bool kIsHalf<__half> = true;
+
 // N elements moved by one load or store when N * sizeof(T) is 2, 4, 8 or 16 and the address is a multiple of that.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vec {

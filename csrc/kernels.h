@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "short_attention.h"
+
 namespace hlip {
 
 enum class Type : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3, kInt16 = 4 };
@@ -41,5 +43,12 @@ void patchify(Target target, Type voxel_type, Type type, uintptr_t voxels, uintp
 // grad_out (num_patches, pd * ph * pw) -> grad_voxels, which the caller has zeroed; each voxel is written at most once.
 void patchify_backward(Target target, Type voxel_type, Type type, uintptr_t grad_out, uintptr_t grad_voxels, uintptr_t scans,
                        uintptr_t keep, int64_t num_scans, int64_t num_patches, int64_t pd, int64_t ph, int64_t pw, float scale);
+
+// Attention over short segments for one head dim of kShortHeadDims; each is compiled on its own (short_attention.cu). Throws,
+// naming kernel, configuration and layout, when there is no kernel or it cannot be launched.
+template <int kHeadDim>
+void short_forward(Target target, Type type, const ForwardArguments& arguments, const Extent& extent);
+template <int kHeadDim>
+void short_backward(Target target, Type type, const BackwardArguments& arguments, const Extent& extent);
 
 }  // namespace hlip

@@ -57,9 +57,9 @@ def _queries() -> list[Query]:
     """One typical question for each device at hand."""
     queries = [Query("cpu", None, torch.float32, 64)]
     if torch.cuda.is_available():
-        queries.append(Query.of(torch.empty((0, 1, 64), dtype=torch.bfloat16, device="cuda")))
+        queries.append(Query("cuda", torch.cuda.get_device_capability(), torch.bfloat16, 64, longest=198))
     else:
-        queries.append(Query("cuda", (9, 0), torch.bfloat16, 64))
+        queries.append(Query("cuda", (9, 0), torch.bfloat16, 64, longest=198))
     return queries
 
 

@@ -1,16 +1,21 @@
 """The bridge to the CUDA extension ``hlip_kernels._C``: tensors in, raw addresses and a stream handle out.
 
-The same kernels also run on CPU tensors (a host loop over the device code), which the tests use; everyday CPU work goes to
-plain torch, which is faster.
+The memory-bound kernels also run on CPU tensors (a host loop over the device code), which the tests use; everyday CPU work
+goes to plain torch, which is faster. The attention kernels run on GPUs, and in the tests' emulator.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .packs import Packs
 
 try:
     from . import _C
@@ -21,6 +26,7 @@ else:
     _IMPORT_ERROR = ""
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+LOG2_E = math.log2(math.e)
 VOXEL_TYPES = (*FLOAT_TYPES, torch.uint8, torch.int16)
 
 
@@ -126,3 +132,41 @@ def patchify_backward(
             0 if keep is None else keep.data_ptr(), len(scans), grad_out.shape[0], *patch, scale,
         )  # fmt: skip
     return grad
+
+
+def short_attention_forward(q: Tensor, k: Tensor, v: Tensor, packs: Packs, scale: float) -> tuple[Tensor, Tensor]:
+    """``(R, H, D)`` views with rows on 16 bytes -> out ``(R, H, D)``, lse ``(H, R)`` float32. GPU only."""
+    num_rows, heads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, num_rows), dtype=torch.float32, device=q.device)
+    with _target(q) as target:
+        _C.short_attention_forward(
+            target, _type(q.dtype), head_dim, _view(q), _view(k), _view(v), out.data_ptr(), lse.data_ptr(), _tables(packs),
+            _C.Extent(len(packs.packs), packs.rows, packs.keys), heads, num_rows, scale * LOG2_E,
+        )  # fmt: skip
+    return out, lse
+
+
+def short_attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packs: Packs,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, ``(R, H, D)`` contiguous. GPU only."""
+    num_rows, heads, head_dim = q.shape
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    lse_gradient = (0, 0, 0) if grad_lse is None else (grad_lse.data_ptr(), *grad_lse.stride())
+    with _target(q) as target:
+        _C.short_attention_backward(
+            target, _type(q.dtype), head_dim, *(_view(t) for t in (q, k, v, out, grad_out)), lse.data_ptr(), *lse_gradient,
+            dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), _tables(packs), _C.Extent(len(packs.packs), packs.rows, packs.keys),
+            heads, num_rows, scale, scale * LOG2_E,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _view(x: Tensor):
+    return _C.View(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _tables(packs: Packs):
+    return _C.Tables(packs.packs.data_ptr(), packs.starts.data_ptr(), packs.records.data_ptr())

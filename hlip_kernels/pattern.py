@@ -25,6 +25,7 @@ lengths that change from batch to batch; everything derived from it is made once
 from __future__ import annotations
 
 import weakref
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -134,6 +135,17 @@ class Plan:
         if plan is None or plan.table.shape != table.shape:
             plan = cls(table)
         return plan
+
+    @cached_property
+    def longest(self) -> int:
+        """The most rows one record sees."""
+        return int((self.forward[:, K_PATCHES] + self.forward[:, K_PREFIXES]).max(initial=0))
+
+    @cached_property
+    def sees_itself(self) -> bool:
+        """Whether every segment sees itself and nothing else, as in the level patterns."""
+        alive = self.forward[:, K_PATCHES] + self.forward[:, K_PREFIXES] > 0
+        return self.symmetric and bool((self.forward[alive, :4] == self.forward[alive, 4:]).all())
 
     def tiles(self, block: int, device: torch.device, *, transposed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The tiles of ``block`` rows that cover every record, those with the most work first.

@@ -6,17 +6,18 @@ the same answer serves ``auto``, the error of an explicit choice, the tests' sha
 
 from __future__ import annotations
 
-from . import reference, sdpa, triton
+from . import cuda, reference, sdpa, triton
 from .base import Backend, Query, Support
 
 BACKENDS: dict[str, Backend] = {
     "reference": reference.ReferenceBackend(),
     "sdpa": sdpa.SdpaBackend(),
     "triton": triton.TritonBackend(),
+    "cuda": cuda.CudaBackend(),
 }
 
 # What `auto` tries, in order, by device type. Predicted, not measured: no GPU has run these kernels yet.
-_AUTO = {"cuda": ("triton", "sdpa", "reference"), "cpu": ("sdpa", "reference")}
+_AUTO = {"cuda": ("cuda", "triton", "sdpa", "reference"), "cpu": ("sdpa", "reference")}
 _AUTO_ELSEWHERE = ("reference",)
 
 

@@ -12,33 +12,40 @@ from ..pattern import Plan
 
 @dataclass(frozen=True)
 class Query:
-    """The facts a backend decides on: no tensor data, no lengths.
+    """The facts a backend decides on.
 
     Attributes:
         device_type: ``"cpu"``, ``"cuda"``, ...
         capability: CUDA compute capability as ``(major, minor)``; ``None`` elsewhere.
         dtype: dtype of q, k and v.
         head_dim: ``D``.
+        longest: the most rows one segment sees, prefix rows counted; ``None`` when not known.
+        sees_itself: every segment sees itself alone (no neighbours, no summary).
     """
 
     device_type: str
     capability: tuple[int, int] | None
     dtype: torch.dtype
     head_dim: int
+    longest: int | None = None
+    sees_itself: bool = True
 
     @classmethod
-    def of(cls, q: torch.Tensor) -> Query:
-        """The query for a ``(R, H, D)`` tensor."""
+    def of(cls, q: torch.Tensor, plan: Plan) -> Query:
+        """The query for a ``(R, H, D)`` tensor and a pattern."""
         capability = None
         if q.device.type == "cuda" and torch.version.hip is None:
             capability = torch.cuda.get_device_capability(q.device)
-        return cls(q.device.type, capability, q.dtype, q.shape[-1])
+        return cls(q.device.type, capability, q.dtype, q.shape[-1], plan.longest, plan.sees_itself)
 
     def __str__(self) -> str:
         where = (
             self.device_type if self.capability is None else f"{self.device_type} sm_{self.capability[0]}{self.capability[1]}"
         )
-        return f"attention on {where}, {str(self.dtype).removeprefix('torch.')}, head dim {self.head_dim}"
+        text = f"attention on {where}, {str(self.dtype).removeprefix('torch.')}, head dim {self.head_dim}"
+        if self.longest is not None:
+            text += f", segments of up to {self.longest} rows"
+        return text if self.sees_itself else text + " that see others"
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def attention(
         scale = q.shape[-1] ** -0.5
     pattern = layout.pattern(level, neighbours=neighbours, summary=summary)
     if not torch.compiler.is_compiling():
-        choose(Query.of(q), backend)  # says no before the graph is built, with the reasons
+        choose(Query.of(q, Plan.of(pattern)), backend)  # says no before the graph is built, with the reasons
     if backend == "reference" and not torch.compiler.is_compiling():
         out, lse = reference.attention(q, k, v, Plan.of(pattern), float(scale))  # plain autograd, any number of times
     else:
@@ -80,7 +80,8 @@ def attention(
 def _attention(q: Tensor, k: Tensor, v: Tensor, pattern: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     if q.numel() == 0:
         return _empty_outputs(q)
-    return choose(Query.of(q), backend).forward(q, k, v, Plan.of(pattern), scale)
+    plan = Plan.of(pattern)
+    return choose(Query.of(q, plan), backend).forward(q, k, v, plan, scale)
 
 
 @_attention.register_fake
@@ -109,7 +110,8 @@ def _attention_backward(
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if grad_out.stride(-1) != 1:  # an expanded gradient, from .sum() say
         grad_out = grad_out.contiguous()
-    return choose(Query.of(q), backend).backward(grad_out, grad_lse, q, k, v, out, lse, Plan.of(pattern), scale)
+    plan = Plan.of(pattern)
+    return choose(Query.of(q, plan), backend).backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale)
 
 
 @_attention_backward.register_fake

@@ -1,0 +1,78 @@
+"""The CUDA extension's attention: short segments, each held whole by one thread block (``csrc/short_attention.cuh``)."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import native
+from ..packs import PACK_ROWS, packs_of
+from .base import Backend, Query, Support
+
+HEAD_DIMS = (32, 64, 80, 96, 128)
+MAX_KEYS = 272  # the forward kernels hold that many logits a row in registers; csrc/short_attention.h has the same numbers
+
+# Bytes of shared memory a block may use, by compute capability (CUDA programming guide, "Technical Specifications").
+SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10,
+                 (10, 0): 227 << 10, (10, 3): 227 << 10, (11, 0): 227 << 10, (12, 0): 99 << 10, (12, 1): 99 << 10}  # fmt: skip
+
+
+def max_rows(head_dim: int, capability: tuple[int, int]) -> int:
+    """The longest segment, prefix rows counted, that both kernels can hold."""
+    shared = SHARED_MEMORY.get(capability, 99 << 10)
+    backward = shared // (16 + 8 * head_dim)  # bytes a row: its map and statistics, then q, k, v and the output gradient
+    return min(MAX_KEYS, backward // 16 * 16)
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+    kernels = native
+
+    def supports(self, query: Query) -> Support:
+        why = self._why_not_here(query)
+        if why:
+            return Support.no(why)
+        if query.dtype not in (torch.float16, torch.bfloat16):
+            return Support.no(f"takes float16 and bfloat16, got {str(query.dtype).removeprefix('torch.')}")
+        if query.head_dim not in HEAD_DIMS:
+            return Support.no(f"has kernels for head dims {', '.join(map(str, HEAD_DIMS))}, not {query.head_dim}")
+        if not query.sees_itself:
+            return Support.no("made for segments that see themselves alone: no neighbours, no summary")
+        limit = max_rows(query.head_dim, query.capability or (9, 0))
+        if query.longest is not None and query.longest > limit:
+            return Support.no(
+                f"holds segments of up to {limit} rows at head dim {query.head_dim}, the longest has {query.longest}"
+            )
+        return Support.yes()
+
+    def _why_not_here(self, query: Query) -> str:
+        if query.device_type != "cuda" or query.capability is None:
+            return "needs an NVIDIA GPU"
+        why = native.why_missing()
+        if why:
+            return f"the CUDA extension is not there: {why}"
+        built = [(int(a.rstrip("af")[:-1]), int(a.rstrip("af")[-1])) for a in native.architectures()]
+        # Machine code serves its own generation; newer ones compile the PTX that comes with it when they first load it.
+        if not any(b <= query.capability for b in built):
+            wanted = "".join(map(str, query.capability))
+            return (
+                f"the CUDA extension was built for {', '.join(native.architectures())}: build it with HLIP_CUDA_ARCHS={wanted}"
+            )
+        return ""
+
+    def forward(self, q, k, v, plan, scale):
+        return self.kernels.short_attention_forward(*map(_aligned, (q, k, v)), self._packs(q, plan), scale)
+
+    def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale):
+        grad_out, q, k, v, out = map(_aligned, (grad_out, q, k, v, out))
+        return self.kernels.short_attention_backward(grad_out, grad_lse, q, k, v, out, lse, self._packs(q, plan), scale)
+
+    @staticmethod
+    def _packs(q: torch.Tensor, plan):
+        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+        return packs_of(plan, q.device, min(PACK_ROWS, max_rows(q.shape[-1], capability)))
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x`` itself if its rows lie on 16 bytes, as views of a projection do; else a copy."""
+    fits = x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:2])
+    return x if fits and x.stride(-1) == 1 else x.contiguous().clone() if x.data_ptr() % 16 else x.contiguous()

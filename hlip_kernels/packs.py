@@ -1,0 +1,101 @@
+"""How the short-segment kernels deal out their work: packs of rows that one thread block holds whole.
+
+A pack is one segment, or several tiny ones in a row, of one pattern in which every segment sees itself and nothing else (the
+level patterns). See ``csrc/short_attention.cuh`` for what a block does with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .pattern import K_PATCHES, K_PREFIXES, Q_PATCHES, Q_PREFIXES, Plan
+
+TILE = 16  # rows of a warp; kShort* in csrc/short_attention.h count in these
+PACK_ROWS = 128  # of packs that are shared, by segments of up to half as many
+DEAD_ROWS = 256  # of packs of rows that no segment holds
+
+
+@dataclass(frozen=True)
+class Packs:
+    """The tables of one pattern, on a device, and their extent, on the host.
+
+    Attributes:
+        packs: int32 ``(blocks, 4)``: first record, records, first row inside the record, rows. Largest first.
+        starts: int32 ``(N,)``: where in its pack each record starts.
+        records: int32 ``(N, 8)``, those of the plan.
+        rows: of the largest pack.
+        keys: the most keys 16 neighbouring rows of a pack see, counted from a multiple of 16: what a kernel must have room for.
+    """
+
+    packs: torch.Tensor
+    starts: torch.Tensor
+    records: torch.Tensor
+    rows: int
+    keys: int
+
+
+def packs_of(plan: Plan, device: torch.device, pack_rows: int = PACK_ROWS) -> Packs:
+    """The packs of a plan, made once for each device and kept with it.
+
+    Args:
+        plan: one that ``sees_itself``. device: to put the tables on. pack_rows: the most rows of a shared pack.
+    """
+    key = ("packs", device, pack_rows)
+    if key not in plan.kept:
+        packs, starts, rows, keys = _pack(plan.forward, pack_rows)
+        tables = (torch.from_numpy(t).to(device, non_blocking=True) for t in (packs, starts, plan.forward.astype(np.int32)))
+        plan.kept[key] = Packs(*tables, rows, keys)
+    return plan.kept[key]
+
+
+def _pack(records: np.ndarray, pack_rows: int) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """(packs, starts, rows of the largest pack, most keys seen)."""
+    lengths = records[:, Q_PATCHES] + records[:, Q_PREFIXES]
+    live = (records[:, K_PATCHES] + records[:, K_PREFIXES] > 0) & (lengths > 0)
+    tiny = live & (lengths <= pack_rows // 2)
+    alone = np.flatnonzero(live & ~tiny)
+    made = [np.stack([alone, np.ones_like(alone), np.zeros_like(alone), lengths[alone]], axis=1)]
+    shared = _share(np.flatnonzero(tiny), lengths, pack_rows)
+    made.append(shared)
+    starts = np.zeros(len(records), dtype=np.int64)
+    if len(shared):
+        before = np.cumsum(lengths) - lengths
+        of_pack = np.repeat(before[shared[:, 0]], shared[:, 1])
+        members = np.concatenate([np.arange(first, first + count) for first, count in shared[:, :2]])
+        starts[members] = before[members] - of_pack
+    packs = np.concatenate(made)
+    packs = packs[np.argsort(-packs[:, 3], kind="stable")]
+    keys = int(-(-lengths[alone].max(initial=0) // TILE) * TILE)
+    if len(shared):
+        several = shared[shared[:, 1] > 1]
+        longest_tiny = int(lengths[tiny].max())
+        # The first of 16 rows may be its segment's last, and the last of them its segment's first; counted from a multiple of 16.
+        widest = min(2 * longest_tiny + 2 * TILE - 3, int(several[:, 3].max(initial=0)))
+        keys = max(keys, -(-max(widest, longest_tiny) // TILE) * TILE)
+    for dead in np.flatnonzero((lengths > 0) & ~live):
+        first = np.arange(0, lengths[dead], DEAD_ROWS)
+        rows = np.minimum(DEAD_ROWS, lengths[dead] - first)
+        packs = np.concatenate([packs, np.stack([np.full_like(first, dead), np.ones_like(first), first, rows], axis=1)])
+    live_rows = int(max(lengths[alone].max(initial=0), shared[:, 3].max(initial=0)))
+    return packs.astype(np.int32), starts.astype(np.int32), live_rows, keys
+
+
+def _share(members: np.ndarray, lengths: np.ndarray, pack_rows: int) -> np.ndarray:
+    """Packs of neighbouring records, each as full as the next record allows."""
+    if len(members) == 0:
+        return np.empty((0, 4), dtype=np.int64)
+    # Records between two members are not in any pack, so a pack may not reach across one that has rows; empty ones do no harm,
+    # but keep to runs of neighbours all the same.
+    total = np.concatenate([[0], np.cumsum(lengths[members])])
+    run_end = np.concatenate([np.flatnonzero(np.diff(members) != 1) + 1, [len(members)]])
+    ends = run_end[np.searchsorted(run_end, np.arange(len(members)), side="right")]
+    reach = np.minimum(np.searchsorted(total, total[:-1] + pack_rows, side="right") - 1, ends).tolist()
+    packs, at = [], 0
+    while at < len(members):
+        stop = reach[at]
+        packs.append((members[at], stop - at, 0, total[stop] - total[at]))
+        at = stop
+    return np.array(packs, dtype=np.int64)

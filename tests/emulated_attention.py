@@ -1,0 +1,108 @@
+"""The CUDA attention kernels on the CPU: their own source, run by the emulator (csrc/device/emulated.h), as a backend."""
+
+import ctypes
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from emulation import build
+
+from hlip_kernels.backends.cuda import CudaBackend
+from hlip_kernels.native import LOG2_E
+
+SOURCE = Path(__file__).parent / "emulator" / "short_attention.cpp"
+SANITIZED = bool(os.environ.get("HLIP_EMULATE_SANITIZED"))  # then libasan must be preloaded: tests/test_short_attention.py
+
+
+class View(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64)]
+
+
+class Tables(ctypes.Structure):
+    _fields_ = [("packs", ctypes.c_void_p), ("starts", ctypes.c_void_p), ("records", ctypes.c_void_p)]
+
+
+class Extent(ctypes.Structure):
+    _fields_ = [("blocks", ctypes.c_int64), ("rows", ctypes.c_int64), ("keys", ctypes.c_int64)]
+
+
+class ForwardArguments(ctypes.Structure):
+    _fields_ = [("q", View), ("k", View), ("v", View), ("out", ctypes.c_void_p), ("lse", ctypes.c_void_p), ("tables", Tables),
+                ("heads", ctypes.c_int64), ("num_rows", ctypes.c_int64), ("scale_log2", ctypes.c_float)]  # fmt: skip
+
+
+class BackwardArguments(ctypes.Structure):
+    _fields_ = [("q", View), ("k", View), ("v", View), ("out", View), ("grad_out", View), ("lse", ctypes.c_void_p),
+                ("grad_lse", ctypes.c_void_p), ("grad_lse_head", ctypes.c_int64), ("grad_lse_row", ctypes.c_int64),
+                ("dq", ctypes.c_void_p), ("dk", ctypes.c_void_p), ("dv", ctypes.c_void_p), ("tables", Tables),
+                ("heads", ctypes.c_int64), ("num_rows", ctypes.c_int64), ("scale", ctypes.c_float),
+                ("scale_log2", ctypes.c_float)]  # fmt: skip
+
+
+@functools.cache
+def library(head_dim: int) -> ctypes.CDLL:
+    """The kernels of one head dim, compiled for this process."""
+    folder = Path(tempfile.mkdtemp(prefix="hlip-emulated-"))
+    path = build(
+        SOURCE, folder / f"short_attention_{head_dim}.so", f"HLIP_HEAD_DIM={head_dim}", shared=True, sanitized=SANITIZED
+    )
+    return ctypes.CDLL(str(path))
+
+
+class Kernels:
+    """Stands in for hlip_kernels.native. ``seed``: of the order in which threads run. ``blocks``: how many have run."""
+
+    def __init__(self):
+        self.seed = 1
+        self.blocks = 0
+
+    def short_attention_forward(self, q, k, v, packs, scale):
+        out = torch.empty(q.shape, dtype=q.dtype)
+        lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+        arguments = ForwardArguments(
+            *map(_view, (q, k, v)), out.data_ptr(), lse.data_ptr(), _tables(packs), q.shape[1], q.shape[0], scale * LOG2_E
+        )
+        self._run("short_forward", q, packs, arguments)
+        return out, lse
+
+    def short_attention_backward(self, grad_out, grad_lse, q, k, v, out, lse, packs, scale):
+        grads = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
+        lse_gradient = (None, 0, 0) if grad_lse is None else (grad_lse.data_ptr(), *grad_lse.stride())
+        arguments = BackwardArguments(
+            *map(_view, (q, k, v, out, grad_out)), lse.data_ptr(), *lse_gradient, *(g.data_ptr() for g in grads),
+            _tables(packs), q.shape[1], q.shape[0], scale, scale * LOG2_E,
+        )  # fmt: skip
+        self._run("short_backward", q, packs, arguments)
+        return tuple(grads)
+
+    def _run(self, name, q, packs, arguments):
+        reason = ctypes.create_string_buffer(2000)
+        extent = Extent(len(packs.packs), packs.rows, packs.keys)
+        self.seed += 1
+        self.blocks += len(packs.packs) * q.shape[1]
+        failed = getattr(library(q.shape[2]), name)(
+            int(q.dtype == torch.float16), ctypes.byref(arguments), ctypes.byref(extent), ctypes.c_uint64(self.seed), reason,
+            ctypes.c_size_t(len(reason)),
+        )  # fmt: skip
+        if failed:
+            raise RuntimeError(f"emulator: {reason.value.decode()}")
+
+
+def _view(x):
+    return View(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _tables(packs):
+    return Tables(packs.packs.data_ptr(), packs.starts.data_ptr(), packs.records.data_ptr())
+
+
+class EmulatedCudaBackend(CudaBackend):
+    """The cuda backend as it is on an sm_90, but on CPU tensors."""
+
+    def __init__(self):
+        self.kernels = Kernels()
+
+    def _why_not_here(self, query):
+        return "" if query.device_type == "cpu" else "emulated: on the CPU only"
