@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hlip_kernels import attention
 from hlip_kernels.backends import BACKENDS, Query
+from hlip_kernels.pattern import Plan
 
 from .workloads import Workload
 
@@ -33,7 +34,8 @@ class Peer:
 def peers(workload: Workload, level: str, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Peer]]:
     """Name -> a function that prepares the implementation, for those that can run here."""
     made: dict[str, Callable[[], Peer]] = {}
-    query = Query(device.type, _capability(device), dtype, workload.head_dim)
+    plan = Plan.of(workload.layout.pattern(level))
+    query = Query(device.type, _capability(device), dtype, workload.head_dim, plan.longest, plan.sees_itself)
     for name, backend in BACKENDS.items():
         # The interpreter is for tests, the reference for truth: neither is worth a row.
         if name != "reference" and backend.supports(query) and not (name == "triton" and device.type == "cpu"):

@@ -137,6 +137,7 @@ HLIP_DEVICE bool not_finite(Shared tile, const Pack& pack) {
   constexpr int kChunks = D / 8;
   constexpr uint32_t kExponent = kIsHalf<T> ? 0x7c00 : 0x7f80;
   bool bad = false;
+#pragma unroll 1
   for (int c = thread_index(); c < pack.padded * kChunks; c += kThreads) {
     const uint4 v = shared_load<uint4>(tile + place<D>(c / kChunks, c % kChunks));
     for (const uint32_t word : {v.x, v.y, v.z, v.w}) {
@@ -308,7 +309,11 @@ HLIP_DEVICE void forward_tile(const ForwardArguments& a, const Pack& pack, int t
 #pragma unroll
   for (int n = 0; n < kKeys / kTile; ++n) {
     const int key = seen.first + n * kTile;
-    if (key >= seen.last) continue;
+    if (key >= seen.last) {  // said, or the compiler takes the values of the round before to be needed still
+#pragma unroll
+      for (int e = 0; e < 8; ++e) p[2 * n + e / 4][e % 4] = -INFINITY;
+      continue;
+    }
     float c[2][4];
     times_rows<T, D>(c, q, keys, key);
     const bool masked = !all_see(seen, key);
@@ -320,6 +325,8 @@ HLIP_DEVICE void forward_tile(const ForwardArguments& a, const Pack& pack, int t
       largest[e % 4 / 2] = fmaxf(largest[e % 4 / 2], logit);
     }
   }
+  int last = seen.last;
+  forget(last);
   const auto larger = [](float x, float y) { return fmaxf(x, y); };
   const auto sum = [](float x, float y) { return x + y; };
   float total[2] = {0.0f, 0.0f};
@@ -329,22 +336,31 @@ HLIP_DEVICE void forward_tile(const ForwardArguments& a, const Pack& pack, int t
     if (largest[half] == -INFINITY) largest[half] = 0.0f;  // a row that is not there, or whose logits are all -inf
   }
 
-  float out[D / 8][4];
-#pragma unroll
-  for (int n = 0; n < D / 8; ++n) clear(out[n]);
+  // All probabilities before the first product: as left operands they take half the registers, which the output then has.
+  uint32_t left[kKeys / kTile][4];
 #pragma unroll
   for (int n = 0; n < kKeys / kTile; ++n) {
-    const int key = seen.first + n * kTile;
-    if (key >= seen.last) continue;
+    if (seen.first + n * kTile >= last) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) left[n][e] = 0;
+      continue;
+    }
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       float& x = p[2 * n + e / 4][e % 4];
       x = exp2_fast(x - largest[e % 4 / 2]);
       total[e % 4 / 2] += x;
     }
-    uint32_t left[4];
-    as_left<T>(left, p[2 * n], p[2 * n + 1]);
-    add_times<T, D>(out, left, values, key);
+    as_left<T>(left[n], p[2 * n], p[2 * n + 1]);
+  }
+  forget(last);
+  float out[D / 8][4];
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n) clear(out[n]);
+#pragma unroll
+  for (int n = 0; n < kKeys / kTile; ++n) {
+    const int key = seen.first + n * kTile;
+    if (key < last) add_times<T, D>(out, left[n], values, key);
   }
   float share[2];
 #pragma unroll
@@ -358,8 +374,8 @@ HLIP_DEVICE void forward_tile(const ForwardArguments& a, const Pack& pack, int t
   store_rows<T, D>(static_cast<T*>(a.out), out, share, head, a.heads, pack, tile);
 }
 
-template <typename T, int D, int kKeys, int kWarps>
-HLIP_KERNEL(kWarps * 32) short_attention_forward(ForwardArguments a) {
+template <typename T, int D, int kKeys, int kWarps, int kBlocks>
+HLIP_KERNEL(kWarps * 32, kBlocks) short_attention_forward(ForwardArguments a) {
   constexpr int kThreads = kWarps * 32;
   const int64_t index = block_index() / a.heads, head = block_index() % a.heads;  // heads of one pack run side by side
   if (sees_nothing(a.tables, index)) {
@@ -429,6 +445,7 @@ HLIP_DEVICE void backward_queries(const BackwardArguments& a, const Pack& pack, 
   float dq[D / 8][4];
 #pragma unroll
   for (int n = 0; n < D / 8; ++n) clear(dq[n]);
+#pragma unroll 1
   for (int key = seen.first; key < seen.last; key += kTile) {
     float s[2][4], dp[2][4];
     times_rows<T, D>(s, q, keys, key);
@@ -456,24 +473,19 @@ HLIP_DEVICE void backward_keys(const BackwardArguments& a, const Pack& pack, int
   const int lane = lane_index(), quad = lane % 4, i[2] = {tile + lane / 4, tile + lane / 4 + 8};
   const Seen seen = seen_by(pack, tile);
   const Span span[2] = {span_at(i[0]), span_at(i[1])};
-  // Beyond 96 columns the accumulators leave no registers to hold these operands in.
-  constexpr bool kHold = D <= 96;
   uint32_t k[D / 16][4], v[D / 16][4];
-  if (kHold) {
-    load_left_shared<T, D>(k, keys, tile);
-    load_left_shared<T, D>(v, values, tile);
-  }
+  load_left_shared<T, D>(k, keys, tile);
+  load_left_shared<T, D>(v, values, tile);
   float dk[D / 8][4], dv[D / 8][4];
 #pragma unroll
   for (int n = 0; n < D / 8; ++n) {
     clear(dk[n]);
     clear(dv[n]);
   }
+#pragma unroll 1
   for (int query = seen.first; query < seen.last; query += kTile) {
     float p[2][4], ds[2][4];
-    if (!kHold) load_left_shared<T, D>(k, keys, tile);
     times_rows<T, D>(p, k, queries, query);
-    if (!kHold) load_left_shared<T, D>(v, values, tile);
     times_rows<T, D>(ds, v, grads, query);
     const bool masked = !all_see(seen, query);
 #pragma unroll
@@ -499,12 +511,14 @@ HLIP_DEVICE void backward_keys(const BackwardArguments& a, const Pack& pack, int
   store_rows<T, D>(static_cast<T*>(a.dv), dv, one, head, a.heads, pack, tile);
 }
 
-template <typename T, int D, int kWarps>
-HLIP_KERNEL(kWarps * 32) short_attention_backward(BackwardArguments a) {
+template <typename T, int D, int kWarps, int kBlocks>
+HLIP_KERNEL(kWarps * 32, kBlocks) short_attention_backward(BackwardArguments a) {
   constexpr int kThreads = kWarps * 32;
   const int64_t index = block_index() / a.heads, head = block_index() % a.heads;
   if (sees_nothing(a.tables, index)) {
-    for (void* x : {a.dq, a.dk, a.dv}) zero_rows<T, D, kThreads>(static_cast<T*>(x), a.tables, index, head, a.heads);
+    zero_rows<T, D, kThreads>(static_cast<T*>(a.dq), a.tables, index, head, a.heads);
+    zero_rows<T, D, kThreads>(static_cast<T*>(a.dk), a.tables, index, head, a.heads);
+    zero_rows<T, D, kThreads>(static_cast<T*>(a.dv), a.tables, index, head, a.heads);
     return;
   }
   Pack pack = open_pack<kThreads>(a.tables, index);

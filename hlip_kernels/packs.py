@@ -72,7 +72,7 @@ def _pack(records: np.ndarray, pack_rows: int) -> tuple[np.ndarray, np.ndarray, 
     if len(shared):
         several = shared[shared[:, 1] > 1]
         longest_tiny = int(lengths[tiny].max())
-        # The first of 16 rows may be its segment's last, and the last of them its segment's first; counted from a multiple of 16.
+        # The first of 16 rows may be its segment's last and the last its segment's first; keys start at a multiple of 16.
         widest = min(2 * longest_tiny + 2 * TILE - 3, int(several[:, 3].max(initial=0)))
         keys = max(keys, -(-max(widest, longest_tiny) // TILE) * TILE)
     for dead in np.flatnonzero((lengths > 0) & ~live):

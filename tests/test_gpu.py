@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from hlip_kernels import HierarchicalAttention, Layout, attention, native, patchify, segment_mean, switch_level, warmup
 from hlip_kernels.backends import BACKENDS, Query
+from hlip_kernels.backends.cuda import max_rows
+from hlip_kernels.pattern import Plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -32,6 +34,11 @@ def relative(got, truth):
     return float((got.double() - truth).norm() / truth.norm())
 
 
+def query(layout, level, dtype, head_dim, **pattern):
+    plan = Plan.of(layout.pattern(level, **pattern))
+    return Query("cuda", torch.cuda.get_device_capability(), dtype, head_dim, plan.longest, plan.sees_itself)
+
+
 def sdpa_error(layout, level, qkv, dtype, truth):
     """The error of torch's own attention in the same dtype, segment by segment: output, then the gradient of qkv."""
     leaf = qkv.to(dtype).requires_grad_()
@@ -47,12 +54,14 @@ def sdpa_error(layout, level, qkv, dtype, truth):
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@pytest.mark.parametrize("backend", ["triton", "cuda", "sdpa"])
 def test_attention_error_is_at_most_twice_torchs_own(layout, backend, dtype, head_dim):
-    support = BACKENDS[backend].supports(Query("cuda", torch.cuda.get_device_capability(), dtype, head_dim))
+    support = BACKENDS[backend].supports(query(layout, "slice", dtype, head_dim))
     if not support:
         pytest.skip(support.reason)
     for level in layout.levels:
+        if not BACKENDS[backend].supports(query(layout, level, dtype, head_dim)):
+            continue  # longer segments than the cuda backend holds
         qkv = torch.randn(layout.num_rows, 3, 2, head_dim, dtype=torch.float64, device="cuda")
         g = torch.randn(layout.num_rows, 2, head_dim, dtype=torch.float64, device="cuda")
         g[layout.prefix_rows(level).stop :] = 0
@@ -142,9 +151,10 @@ def test_no_synchronisation_and_streams(layout):
     assert torch.equal(out, expected)
 
 
-def test_cuda_graph_of_a_layer(layout):
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_cuda_graph_of_a_layer(layout, backend):
     x = torch.randn(layout.num_rows, 128, device="cuda", dtype=torch.bfloat16)
-    layer = HierarchicalAttention(128, 2, qkv_bias=True, device="cuda", dtype=torch.bfloat16)
+    layer = HierarchicalAttention(128, 2, qkv_bias=True, backend=backend, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         layer(x, layout, "slice")  # compiled and tabled before the capture
         graph = torch.cuda.CUDAGraph()
@@ -153,6 +163,40 @@ def test_cuda_graph_of_a_layer(layout):
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(out, layer(x, layout, "slice"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+def test_tiny_segments_in_packs(head_dim, dtype):
+    """Every length up to the longest the cuda backend holds, a NaN in one of them, gradients, and the same bits again."""
+    limit = max_rows(head_dim, torch.cuda.get_device_capability())
+    lengths = [n % 65 for n in range(400)] + [limit - 2, 100, 143, 144, limit - 17]
+    layout = Layout.from_lengths(lengths, num_prefix=2, levels=("slice",), row_multiple=64).to("cuda")
+    qkv = torch.randn(layout.num_rows, 3, 3, head_dim, device="cuda", dtype=dtype, requires_grad=True)
+    g = torch.randn(layout.num_rows, 3, head_dim, device="cuda", dtype=dtype)
+    results = {}
+    for backend in ("reference", "cuda", "triton", "cuda again"):
+        leaf = qkv.detach().clone().requires_grad_()
+        out, lse = attention(*leaf.unbind(1), layout, "slice", backend=backend.split()[0], return_lse=True)
+        (grad,) = torch.autograd.grad((out, lse), leaf, (g, torch.ones_like(lse)))
+        results[backend] = out, lse, grad
+    for got, again, triton, truth in zip(*(results[b] for b in ("cuda", "cuda again", "triton", "reference")), strict=True):
+        assert torch.equal(got, again)
+        assert relative(got, truth.double()) <= 1.5 * relative(triton, truth.double()) + 0.25 * torch.finfo(dtype).eps
+    offsets = layout.host_offsets("slice")
+    bad = qkv.detach().clone()
+    bad[offsets[33]] = float("nan")  # a segment of 33 rows, in a pack with others
+    leaf = bad.requires_grad_()
+    out = attention(*leaf.unbind(1), layout, "slice", backend="cuda")
+    (grad,) = torch.autograd.grad(out, leaf, g)
+    clean = attention(*qkv.unbind(1), layout, "slice", backend="cuda")
+    (clean_grad,) = torch.autograd.grad(clean, qkv, g)
+    others = torch.ones(layout.num_rows, dtype=torch.bool)
+    others[offsets[33] : offsets[34]] = False
+    others[layout.num_tokens + 66 : layout.num_tokens + 68] = False
+    others = others.cuda()
+    assert out[~others].isnan().any() and torch.equal(out[others], clean[others])
+    assert grad[~others].isnan().any() and torch.equal(grad[others], clean_grad[others])
 
 
 def test_new_lengths_never_compile_a_kernel_again(monkeypatch):

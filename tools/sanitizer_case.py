@@ -14,6 +14,9 @@ def main() -> None:
             for level, options in (("slice", {}), ("study", {}), ("slice", {"neighbours": 1, "summary": "study"})):
                 out, lse = attention(*qkv.unbind(1), layout, level, backend="triton", return_lse=True, **options)
                 (out.float().sum() + lse.sum()).backward()
+            if dtype == torch.bfloat16:  # whole slices in shared memory; 9 x 9 alone, the others in packs
+                out, lse = attention(*qkv.unbind(1), layout, "slice", backend="cuda", return_lse=True)
+                (out.float().sum() + lse.sum()).backward()
         x = torch.randn(layout.num_rows, 40, device="cuda", dtype=dtype, requires_grad=True)
         y = switch_level(switch_level(x * 1, layout, "slice", "scan"), layout, "scan", "slice")
         (segment_mean(y, layout, "scan").float().sum() + segment_mean(y, layout, "study").float().sum()).backward()

@@ -8,7 +8,8 @@
 #include "../element.cuh"
 
 #define HLIP_DEVICE __device__ __forceinline__
-#define HLIP_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// Threads of a block, and how many blocks should fit a multiprocessor: what the compiler divides the registers by.
+#define HLIP_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 
 namespace hlip {
 
@@ -98,6 +99,9 @@ HLIP_DEVICE void multiply_add<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// What the compiler knows of x it forgets: it makes comparisons anew instead of keeping their results in registers.
+HLIP_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
+
 HLIP_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -110,20 +114,23 @@ HLIP_DEVICE float log2_fast(float x) {
   return y;
 }
 
-// Two elements in one register, the first in the low half.
+// Two elements in one register, the first in the low half. (CUDA's own functions return a struct of two 16-bit halves, which the
+// compiler may keep in two registers.)
 template <typename T>
 HLIP_DEVICE uint32_t pack2(float low, float high);
 
 template <>
 HLIP_DEVICE uint32_t pack2<__half>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 template <>
 HLIP_DEVICE uint32_t pack2<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 template <typename T>

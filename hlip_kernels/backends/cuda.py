@@ -75,4 +75,4 @@ class CudaBackend(Backend):
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """``x`` itself if its rows lie on 16 bytes, as views of a projection do; else a copy."""
     fits = x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:2])
-    return x if fits and x.stride(-1) == 1 else x.contiguous().clone() if x.data_ptr() % 16 else x.contiguous()
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
