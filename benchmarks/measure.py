@@ -154,17 +154,19 @@ def run(
     )  # fmt: skip
 
 
-def predicted(workload, level: str, *, backward: bool) -> dict[str, float]:
-    """What the performance model expects of the Triton kernels here, both bounds, at this card's own measured rates.
+def predicted(workload, level: str, implementation: str, *, backward: bool) -> dict[str, float]:
+    """What the performance model expects here, both bounds, at this card's own measured rates.
 
-    Empty on a device the model has no rates for.
+    Empty for other implementations than ours, and on a device the model has no rates for.
     """
     from hlip_kernels.performance import RATES, predict
+    from hlip_kernels.performance_short import predict_short
 
+    model = {"hlip triton": predict, "hlip cuda": predict_short}.get(implementation)
     rates = next((r for name, r in RATES.items() if device().type == "cuda" and name in torch.cuda.get_device_name()), None)
-    if rates is None:
+    if rates is None or model is None:
         return {}
-    p = predict(
+    p = model(
         workload.layout, level, heads=workload.heads, head_dim=workload.head_dim, dtype=dtype(),
         rates=rates.measured(*ceilings()), backward=backward,
     )  # fmt: skip

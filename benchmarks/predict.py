@@ -11,36 +11,46 @@ import sys
 import torch
 
 from benchmarks import workloads
+from hlip_kernels.backends.cuda import max_rows
+from hlip_kernels.pattern import Plan
 from hlip_kernels.performance import RATES, predict
+from hlip_kernels.performance_short import predict_short
 
 
 def table(gpu: str) -> str:
-    """Markdown: both bounds of the model for the Triton kernels, bf16, and what binds."""
+    """Markdown: both bounds of the models for every kernel that can run the workload, bf16, and what binds."""
     lines = [
-        f"Predicted, not measured: {gpu}, bfloat16, Triton kernels.",
+        f"Predicted, not measured: {gpu}, bfloat16.",
         "",
-        "| workload | level | pass | overlapped | serial | TFLOP/s | binds | useful | balance |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| workload | level | pass | kernels | overlapped | serial | TFLOP/s | binds | useful | balance |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    rates = RATES[gpu]
+    capability = (8, 0) if rates.family == "ampere" else (9, 0)
     for name in workloads.NAMES:
         w = workloads.make(name, full=True)
         for level in w.levels:
+            models = {"Triton": predict}
+            if Plan.of(w.layout.pattern(level)).longest <= max_rows(w.head_dim, capability):
+                models["CUDA"] = predict_short
             for backward in (False, True):
-                p = predict(
-                    w.layout,
-                    level,
-                    heads=w.heads,
-                    head_dim=w.head_dim,
-                    dtype=torch.bfloat16,
-                    rates=RATES[gpu],
-                    backward=backward,
-                )
-                flops = w.attention_flops(level) * (2.5 if backward else 1) / 1e12
-                lines.append(
-                    f"| {name} | {level} | {'backward' if backward else 'forward'} | {p.overlapped * 1e3:.3g} ms | "
-                    f"{p.serial * 1e3:.3g} ms | {flops / p.serial:.0f} to {flops / p.overlapped:.0f} | {p.binds} | "
-                    f"{100 * p.useful:.0f}% | {100 * p.balance:.0f}% |"
-                )
+                for kernels, model in models.items():
+                    p = model(
+                        w.layout,
+                        level,
+                        heads=w.heads,
+                        head_dim=w.head_dim,
+                        dtype=torch.bfloat16,
+                        rates=rates,
+                        backward=backward,
+                    )
+                    flops = w.attention_flops(level) * (2.5 if backward else 1) / 1e12
+                    part = "backward" if backward else "forward"
+                    lines.append(
+                        f"| {name} | {level} | {part} | {kernels} | {p.overlapped * 1e3:.3g} ms | "
+                        f"{p.serial * 1e3:.3g} ms | {flops / p.serial:.0f} to {flops / p.overlapped:.0f} | {p.binds} | "
+                        f"{100 * p.useful:.0f}% | {100 * p.balance:.0f}% |"
+                    )
     return "\n".join(lines)
 
 

@@ -59,7 +59,7 @@ def test_forward(benchmark, workload, name, level, implementation):
         run(
             benchmark, lambda: peer.run(q, k, v), flops=w.attention_flops(level), nbytes=w.attention_bytes(dtype()),
             what="attention", part="forward", workload=name, level=level, implementation=implementation,
-            **(predicted(w, level, backward=False) if implementation == "hlip triton" else {}),
+            **predicted(w, level, implementation, backward=False),
         )  # fmt: skip
 
 
@@ -83,5 +83,5 @@ def test_backward(benchmark, workload, name, level, implementation):
         benchmark, lambda: torch.autograd.grad(out, leaves, g, retain_graph=True),
         flops=2.5 * w.attention_flops(level), nbytes=2 * w.attention_bytes(dtype()),
         what="attention", part="backward", workload=name, level=level, implementation=implementation,
-        **(predicted(w, level, backward=True) if implementation == "hlip triton" else {}),
+        **predicted(w, level, implementation, backward=True),
     )  # fmt: skip

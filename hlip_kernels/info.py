@@ -9,7 +9,7 @@ import sys
 import torch
 
 from . import __version__, native
-from .backends import BACKENDS, Query, choose
+from .backends import BACKENDS, Query, choose, why
 
 _PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "timm", "transformers", "accelerate", "SimpleITK", "pydicom")
 
@@ -31,36 +31,48 @@ def report() -> str:
     else:
         lines.append("  cuda: none found" + ("" if torch.backends.cuda.is_built() else " (this torch is built without CUDA)"))
 
-    lines += ["", "CUDA extension (segment_mean, switch_level, patchify):"]
-    why = native.why_missing()
-    if why:
-        lines.append(f"  not built: {why}")
+    lines += ["", "CUDA extension (segment_mean, switch_level, patchify, attention over short segments):"]
+    missing = native.why_missing()
+    if missing:
+        lines.append(f"  not built: {missing}")
         lines.append("  the same functions run in plain torch")
     else:
         archs = ", ".join(f"sm_{a}" for a in native.architectures())
         lines.append(f"  built for {archs} with nvcc {native.nvcc_version()}; not yet run on a GPU")
+        lines += [f"  {line}" for line in _short_attention()]
 
     lines += ["", "attention backends:"]
     for query in _queries():
-        lines.append(f"  {query}: auto = {choose(query, 'auto').name}")
+        lines.append(f"  {query}: auto = {choose(query, 'auto').name}, {why(query)}")
         for name, backend in BACKENDS.items():
             lines.append(f"    {name:10} {backend.supports(query)}")
-    if "triton" in BACKENDS:
-        lines.append(
-            "  the triton kernels are tested in triton's interpreter and compiled for sm_80, sm_90, sm_100 and gfx942;"
-        )
-        lines.append("  not yet run on a GPU")
+    lines += [
+        "  the triton kernels are tested in triton's interpreter and compiled for sm_80, sm_90, sm_100 and gfx942,",
+        "  the cuda kernels in an emulator of a thread block; neither has run on a GPU yet",
+    ]
     return "\n".join(lines)
 
 
+def _short_attention() -> list[str]:
+    """The short-segment kernels there are, and how long a segment each card lets them hold."""
+    from .backends.cuda import HEAD_DIMS, KEYS, SHARED_MEMORY, max_rows
+
+    keys = ", ".join(map(str, KEYS))
+    lines = [f"attention over short segments, float16 and bfloat16: forward for up to {keys} keys, and backward,"]
+    lines.append("at each head dim; longest segment (prefix rows counted), by the shared memory of a block:")
+    for size in sorted(set(SHARED_MEMORY.values())):
+        cards = [capability for capability, shared in SHARED_MEMORY.items() if shared == size]
+        names = ", ".join(f"sm_{major}{minor}" for major, minor in cards)
+        limits = ", ".join(f"{max_rows(d, cards[0])} at {d}" for d in HEAD_DIMS)
+        lines.append(f"  {size >> 10} KB ({names}): {limits}")
+    return lines
+
+
 def _queries() -> list[Query]:
-    """One typical question for each device at hand."""
+    """Typical questions: of a CPU, and of the GPU at hand or else of an sm_90, for segments of several lengths."""
     queries = [Query("cpu", None, torch.float32, 64)]
-    if torch.cuda.is_available():
-        queries.append(Query("cuda", torch.cuda.get_device_capability(), torch.bfloat16, 64, longest=198))
-    else:
-        queries.append(Query("cuda", (9, 0), torch.bfloat16, 64, longest=198))
-    return queries
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return queries + [Query("cuda", capability, torch.bfloat16, 64, longest) for longest in (100, 198, 9000)]
 
 
 def _version(package: str) -> str:

@@ -8,8 +8,10 @@ import torch
 
 from hlip_kernels import Layout
 from hlip_kernels.backends.triton.config import config_for
+from hlip_kernels.packs import packs_of
 from hlip_kernels.pattern import Plan
 from hlip_kernels.performance import LAUNCH, RATES, predict, predict_kernel
+from hlip_kernels.performance_short import predict_short, steps_of
 
 H200 = RATES["H200"]
 BF16 = {"heads": 2, "head_dim": 64, "dtype": torch.bfloat16, "rates": H200}
@@ -92,3 +94,34 @@ def test_the_report_shows_predictions_where_there_are_any():
     text = markdown([ours, row | {"implementation": "peer", "median_s": 4e-3}])
     assert "| 1 ms to 3 ms | 2.00x |" in text and "|  | 1.00x |" in text
     assert "predicted" not in markdown([row | {"implementation": "peer"}])
+
+
+def test_steps_of_the_short_kernels_are_what_counting_rows_gives():
+    lengths = [5, 0, 64, 1, 1, 1, 40, 63, 100, 17, 198, 3, 2, 30, 272, 60, 60, 8]
+    plan = Plan.of(Layout.from_lengths(lengths, num_prefix=0, levels=("slice",)).pattern("slice"))
+    packs = packs_of(plan, torch.device("cpu"))
+    expected = 0
+    for first, count, _, _ in packs.packs.tolist():
+        span_of_row = []
+        for record in range(first, first + count):
+            start = len(span_of_row)
+            span_of_row += [(start, start + lengths[record])] * lengths[record]
+        for tile in range(0, len(span_of_row), 16):
+            spans = span_of_row[tile : tile + 16]
+            expected += -(-(max(s[1] for s in spans) - min(s[0] for s in spans) // 16 * 16) // 16)
+    assert steps_of(packs) == expected
+
+
+def test_the_short_kernels_of_one_slice_take_as_long_as_their_units():
+    layout = Layout.from_lengths([196] * 132, num_prefix=2, levels=("slice",))
+    kind = {"heads": 1, "head_dim": 64, "dtype": torch.bfloat16, "rates": H200}
+    steps = 13 * 13  # of 16 x 16 logits, on each of the 132 multiprocessors
+    moved = 198 * 64 * 2
+    forward = predict_short(layout, "slice", **kind)
+    shared = (steps * 2 * 4 * 512 + 2 * moved) / 128 / H200.clock
+    assert forward.binds == "shared memory" and forward.overlapped == pytest.approx(shared + LAUNCH)
+    assert forward.useful == pytest.approx(198**2 / 208**2)
+    assert forward.memory == pytest.approx(4 * 132 * moved / H200.bandwidth)
+    backward = predict_short(layout, "slice", backward=True, **kind)
+    assert backward.overlapped == pytest.approx((steps * 7 * 4 * 512 + 4 * moved) / 128 / H200.clock + LAUNCH)
+    assert backward.serial > backward.overlapped > forward.overlapped

@@ -6,6 +6,8 @@ the same answer serves ``auto``, the error of an explicit choice, the tests' sha
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from . import cuda, reference, sdpa, triton
 from .base import Backend, Query, Support
 
@@ -16,9 +18,29 @@ BACKENDS: dict[str, Backend] = {
     "cuda": cuda.CudaBackend(),
 }
 
-# What `auto` tries, in order, by device type. Predicted, not measured: no GPU has run these kernels yet.
-_AUTO = {"cuda": ("cuda", "triton", "sdpa", "reference"), "cpu": ("sdpa", "reference")}
-_AUTO_ELSEWHERE = ("reference",)
+
+@dataclass(frozen=True)
+class Choice:
+    """A line of the table of ``auto``.
+
+    Attributes:
+        device_type: where it applies. backend: what it proposes. longest: only for segments of up to so many rows.
+        evidence: what it rests on.
+    """
+
+    device_type: str
+    backend: str
+    longest: int | None
+    evidence: str
+
+
+# `auto` takes the first line that applies and whose backend can run the query.
+AUTO = (
+    Choice("cuda", "cuda", 128, "predicted (docs/short_segments.md): not yet run on a GPU"),
+    Choice("cuda", "triton", None, "predicted (docs/performance.md): not yet run on a GPU"),
+    Choice("cuda", "sdpa", None, "what torch has where triton is not"),
+    Choice("cpu", "sdpa", None, "measured (docs/benchmarks.md)"),
+)
 
 
 def choose(query: Query, name: str) -> Backend:
@@ -34,10 +56,25 @@ def choose(query: Query, name: str) -> Backend:
         if BACKENDS[name].supports(query):
             return BACKENDS[name]
         raise NotImplementedError(f"backend {name!r} cannot run {query}:\n{explain(query)}")
-    for candidate in _AUTO.get(query.device_type, _AUTO_ELSEWHERE):
-        if BACKENDS[candidate].supports(query):
-            return BACKENDS[candidate]
+    for choice in AUTO:
+        if _applies(choice, query) and BACKENDS[choice.backend].supports(query):
+            return BACKENDS[choice.backend]
+    if BACKENDS["reference"].supports(query):
+        return BACKENDS["reference"]
     raise NotImplementedError(f"no backend can run {query}:\n{explain(query)}")
+
+
+def _applies(choice: Choice, query: Query) -> bool:
+    if choice.device_type != query.device_type:
+        return False
+    return choice.longest is None or (query.longest is not None and query.longest <= choice.longest)
+
+
+def why(query: Query) -> str:
+    """The evidence of what ``auto`` chooses for a query."""
+    chosen = choose(query, "auto").name
+    found = [c.evidence for c in AUTO if _applies(c, query) and c.backend == chosen]
+    return found[0] if found else "nothing else can run it"
 
 
 def explain(query: Query) -> str:
@@ -45,4 +82,4 @@ def explain(query: Query) -> str:
     return "\n".join(f"  {name}: {backend.supports(query)}" for name, backend in BACKENDS.items())
 
 
-__all__ = ["BACKENDS", "Backend", "Query", "Support", "choose", "explain"]
+__all__ = ["AUTO", "BACKENDS", "Backend", "Choice", "Query", "Support", "choose", "explain", "why"]

@@ -9,7 +9,8 @@ from ..packs import PACK_ROWS, packs_of
 from .base import Backend, Query, Support
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
-MAX_KEYS = 272  # the forward kernels hold that many logits a row in registers; csrc/short_attention.h has the same numbers
+KEYS = (144, 208, 272)  # so many logits a row the forward kernels hold in registers; as in csrc/short_attention.h
+MAX_KEYS = KEYS[-1]
 
 # Bytes of shared memory a block may use, by compute capability (CUDA programming guide, "Technical Specifications").
 SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10,
