@@ -46,4 +46,26 @@ void for_each(const char* what, Where where, int64_t n, Body body) {
   check(cudaGetLastError(), what, n, static_cast<unsigned>(blocks), kThreads);
 }
 
+template <typename Body>
+__global__ void __launch_bounds__(256) for_each_row_kernel(Body body, int64_t rows) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (row < rows) body(row, static_cast<int>(threadIdx.x % 32), 32);
+}
+
+// Runs body(row, lane, lanes) for every row in [0, rows): a warp each, whose lanes share the row's work and what is computed
+// once for it. On the host one lane does it all.
+template <typename Body>
+void for_each_row(const char* what, Where where, int64_t rows, Body body) {
+  if (rows <= 0) return;
+  if (where.on_host) {
+    for (int64_t row = 0; row < rows; ++row) body(row, 0, 1);
+    return;
+  }
+  constexpr int kThreads = 256;
+  const int64_t blocks = (rows + kThreads / 32 - 1) / (kThreads / 32);
+  if (blocks > 0x7fffffff) throw std::runtime_error(std::string("hlip: ") + what + " has too many rows for one launch: " + std::to_string(rows));
+  for_each_row_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, where.stream>>>(body, rows);
+  check(cudaGetLastError(), what, rows, static_cast<unsigned>(blocks), kThreads);
+}
+
 }  // namespace hlip

@@ -1,0 +1,144 @@
+"""The short-segment attention kernels compiled by nvcc: their machine code held to the architecture's limits, and to what it
+was when last looked at (``tests/codegen/short_attention.csv``, of one version of nvcc).
+
+Needs nvcc and no GPU.
+"""
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from hlip_kernels.backends.cuda import HEAD_DIMS, MAX_KEYS, SHARED_MEMORY, max_rows
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import cuda_resources  # noqa: E402
+from cuda_resources import ARCHITECTURES, MOST_REGISTERS, read_rows  # noqa: E402
+
+RECORD = Path(__file__).parent / "codegen" / "short_attention.csv"
+AGAIN = f"python tools/cuda_resources.py --csv {RECORD.relative_to(TOOLS.parent)}"
+DTYPES = ("bfloat16", "float16")
+# Bytes of registers a thread may spill: none where the kernels were tuned. Elsewhere the same choices may cost a few, for the
+# sake of the blocks that then fit a multiprocessor; the record says how many.
+MOST_STACK = {("sm_90", 64): 0}
+MOST_STACK_ELSEWHERE = 96
+COMPILED = (64, 128)  # the published models' head dim, and the one that is shortest of registers; the record has all
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    """major.minor of nvcc; skips where it, or what reads its code, is missing."""
+    try:
+        for binary in ("cuobjdump", "nvdisasm"):
+            cuda_resources.find_binary(binary)
+        return cuda_resources.nvcc_version()
+    except cuda_resources.ToolError as error:
+        pytest.skip(str(error))
+
+
+def check_limits(row):
+    assert 0 < row.registers <= MOST_REGISTERS, row
+    if row.rows > 0:  # else it never runs there
+        most = MOST_STACK.get((row.arch, row.head_dim), MOST_STACK_ELSEWHERE)
+        assert row.stack <= most, f"registers are spilled, or an array is in memory: {row}"
+    assert row.stack > 0 or row.local_loads == row.local_stores == 0, row
+    assert row.shared + row.static_shared <= ARCHITECTURES[row.arch].block_shared_memory, row
+    assert row.products > 0 and row.matrix_loads > 0 and row.exponentials > 0, row
+    # A launch with too large blocks fails: every pack a kernel may get has to fit.
+    assert (row.blocks > 0) == (row.rows > 0) and (row.slice_blocks > 0) == (row.slice_shared > 0), row
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_registers_spills_shared_memory_and_matrix_instructions(nvcc, arch, tmp_path, capsys):
+    reason = cuda_resources.why_not(arch)
+    if reason:
+        pytest.skip(reason)
+    arguments = ["--arch", arch, "--head-dim", *map(str, COMPILED), "--csv", str(tmp_path / "rows.csv")]
+    assert cuda_resources.main(arguments) == 0, capsys.readouterr().err
+    rows = read_rows(tmp_path / "rows.csv")
+    for head_dim in COMPILED:
+        for dtype in DTYPES:
+            kernels = [(r.kernel, r.keys) for r in rows if (r.head_dim, r.dtype) == (head_dim, dtype)]
+            assert len(kernels) == len(set(kernels)) and ("short_attention_backward", 0) in kernels
+            assert max(keys for _, keys in kernels) == MAX_KEYS
+    for row in rows:
+        assert row.arch == arch
+        check_limits(row)
+    known = [row for row in read_rows(RECORD) if row.nvcc == nvcc] if RECORD.exists() else []
+    if not known:
+        pytest.skip(f"within limits, but {RECORD.name} has nothing of nvcc {nvcc} to compare with: {AGAIN}")
+    changed = [row for row in rows if row not in known]
+    assert not changed, (
+        f"the code nvcc {nvcc} makes is not what {RECORD.name} says it was: {changed}. If that is an improvement or was meant: "
+        f"{AGAIN}, and say why in the commit"
+    )
+
+
+def test_the_record_is_whole_and_within_limits(nvcc):
+    assert RECORD.exists(), f"there is none, make one: {AGAIN}"
+    rows = read_rows(RECORD)
+    assert len({row.nvcc for row in rows}) == 1
+    rooms = sorted({row.keys for row in rows if row.keys})
+    kernels = [("short_attention_backward", 0), *(("short_attention_forward", keys) for keys in rooms)]
+    expected = {(k, t, d, room, a) for k, room in kernels for t in DTYPES for d in HEAD_DIMS for a in ARCHITECTURES}
+    assert {(r.kernel, r.dtype, r.head_dim, r.keys, r.arch) for r in rows} == expected and len(rows) == len(expected), AGAIN
+    for row in rows:
+        check_limits(row)
+        # What follows from the sizes of packs may change without the machine code.
+        assert cuda_resources.with_launches(asdict(row), rooms) == row, f"{RECORD.name} is out of date: {AGAIN}"
+
+
+def test_segments_that_python_lets_through_fit_the_kernels(nvcc):
+    bytes_of = cuda_resources.shared_bytes()
+    assert {head_dim for _, head_dim, _ in bytes_of} == set(HEAD_DIMS)
+    for head_dim in HEAD_DIMS:
+        for capability, limit in SHARED_MEMORY.items():
+            rows = max_rows(head_dim, capability)
+            for way in ("forward", "backward"):
+                assert bytes_of[way, head_dim, rows] <= limit, (way, head_dim, capability)
+            assert rows == MAX_KEYS or bytes_of["backward", head_dim, rows + 1] > limit, "room for more rows"
+
+
+def test_occupancy_is_counted_as_the_cuda_calculator_counts():
+    resident = cuda_resources.resident
+    assert resident("sm_90", 128, 168, 54912) == (3, 12)  # registers: 3 warps in each quarter
+    assert resident("sm_90", 128, 169, 54912) == (2, 8)  # 176: they come in eights
+    assert resident("sm_80", 192, 162, 109824) == (1, 6)  # shared memory
+    assert resident("sm_90", 192, 162, 116736 - 1024) == (2, 12)  # two that fill it, with what the system keeps of each
+    assert resident("sm_90", 192, 162, 116736 - 1023) == (1, 6)
+    assert resident("sm_86", 1024, 32, 0) == (1, 32)  # 48 warps
+    assert resident("sm_90", 32, 16, 0) == (32, 32)  # 32 blocks
+    assert resident("sm_86", 128, 32, (99 << 10) + 1) == (0, 0)
+
+
+def test_spills_and_static_memory_are_seen(nvcc, tmp_path):
+    # Indexed by what is not known when compiling, an array cannot be in registers.
+    source = tmp_path / "spills.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(96) spills(float* x, const int* at) {\n"
+        "  __shared__ float y[32];\n"
+        "  float local[64];\n"
+        "  for (int i = 0; i < 64; ++i) local[at[i] & 63] = x[i];\n"
+        "  y[threadIdx.x & 31] = local[at[64] & 63];\n"
+        "  __syncthreads();\n"
+        "  x[threadIdx.x] = y[(threadIdx.x + 1) & 31];\n"
+        "}\n"
+    )
+    for arch in ("sm_80", "sm_90"):
+        cubin = cuda_resources.compile_cubin(source, arch, tmp_path / "spills.cubin")
+        (code,) = cuda_resources.read_cubin(cubin, arch).values()
+        assert code.threads == 96 and code.static_shared == 128
+        assert code.stack >= 256 and code.local_loads >= 1 and code.local_stores >= 64
+        assert code.products == 0
+
+
+def test_what_is_not_known_is_refused(nvcc):
+    command = [sys.executable, TOOLS / "cuda_resources.py"]
+    done = subprocess.run([*command, "--arch", "sm_1"], capture_output=True, text=True)
+    assert done.returncode == 2 and "sm_90" in done.stderr
+    with pytest.raises(cuda_resources.ToolError, match="parse_name has to learn it"):
+        cuda_resources.parse_name("_ZN4hlip4otherIfEEvv")

@@ -1,0 +1,414 @@
+"""What nvcc makes of the short-segment attention kernels: registers, spills, shared memory, occupancy, instructions.
+
+    python tools/cuda_resources.py                              # every head dim and architecture
+    python tools/cuda_resources.py --arch sm_90 --head-dim 64
+    python tools/cuda_resources.py --csv tests/codegen/short_attention.csv    # what the tests compare with
+
+Needs csrc/, nvcc and a compiler for C++, but no GPU. Figures are read out of the machine code with cuobjdump and nvdisasm, of
+the CUDA toolkit or of triton, which ships them. ``hlip_kernels.resources`` does the same for the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from hlip_kernels.backends.cuda import HEAD_DIMS, SHARED_MEMORY, max_rows
+from hlip_kernels.packs import PACK_ROWS
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+SOURCE = CSRC / "short_attention.cu"
+# Those of CMakeLists.txt's Release build that reach the device code, so that what is looked at is what is shipped.
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
+SLICE_ROWS = 14 * 14 + 2  # patches and prefix rows of a slice of the published models
+
+
+class ToolError(RuntimeError):
+    """Something that is needed is not there, or does not do what is asked of it; says what to do."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What one multiprocessor has (CUDA programming guide, "Technical Specifications").
+
+    Attributes:
+        capability: as in ``SHARED_MEMORY``, which knows what one block may use.
+        shared_memory: bytes, all blocks together, of which the system keeps 1 KB a block.
+        warps: that may be resident. blocks: likewise.
+    """
+
+    capability: tuple[int, int]
+    shared_memory: int
+    warps: int
+    blocks: int
+
+    @property
+    def block_shared_memory(self) -> int:
+        return SHARED_MEMORY[self.capability]
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture((8, 0), 164 << 10, 64, 32),
+    "sm_86": Architecture((8, 6), 100 << 10, 48, 16),
+    "sm_90": Architecture((9, 0), 228 << 10, 64, 32),
+    "sm_100": Architecture((10, 0), 228 << 10, 64, 32),
+    "sm_120": Architecture((12, 0), 100 << 10, 48, 24),
+}
+MOST_REGISTERS = 255  # of one thread
+RESERVED_SHARED_MEMORY = 1024  # of each block, by the system, from sm_80 on
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Figures of one kernel on one architecture.
+
+    Attributes:
+        nvcc: the compiler, as major.minor.
+        keys: the most keys a forward kernel has room for; 0: any number.
+        threads: of a block.
+        stack: bytes of local memory a thread has for anything, spilled registers among it.
+        local_loads, local_stores: instructions that touch it.
+        static_shared: bytes of shared memory, what the system keeps not counted.
+        products: tensor-core instructions (HMMA). matrix_loads: LDSM. exponentials: MUFU.EX2.
+        rows, shared, blocks, warps: the largest pack it may be launched with here, the bytes of shared memory that takes, and
+            how many blocks and warps of it fit a multiprocessor. 0: it never runs here, as segments that long do not fit.
+        slice_shared, slice_blocks, slice_warps: the same for a published slice; 0: such a slice does not come to this kernel.
+    """
+
+    nvcc: str
+    kernel: str
+    dtype: str
+    head_dim: int
+    keys: int
+    arch: str
+    threads: int
+    registers: int
+    stack: int
+    local_loads: int
+    local_stores: int
+    static_shared: int
+    products: int
+    matrix_loads: int
+    exponentials: int
+    rows: int
+    shared: int
+    blocks: int
+    warps: int
+    slice_shared: int
+    slice_blocks: int
+    slice_warps: int
+
+
+# ---------------------------------------------------------------- tools
+
+
+def find_nvcc() -> str:
+    """Path of nvcc, found where setup.py finds it."""
+    candidates = [shutil.which("nvcc")]
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home:
+            candidates.append(str(Path(home) / "bin" / "nvcc"))
+    found = next((c for c in candidates if c and os.access(c, os.X_OK)), None)
+    if found is None:
+        raise ToolError("nvcc was not found: install a CUDA toolkit, and put it on PATH or name it in CUDA_HOME")
+    return found
+
+
+@functools.cache
+def find_binary(name: str) -> str:
+    """Path of one of the CUDA binaries: of the toolkit, else of triton."""
+    places = [Path(find_nvcc()).resolve().parent]
+    try:
+        import triton
+    except ImportError:
+        pass
+    else:
+        places.append(Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
+    found = next((str(p / name) for p in places if os.access(p / name, os.X_OK)), None) or shutil.which(name)
+    if found is None:
+        raise ToolError(f"{name} was not found: it comes with a whole CUDA toolkit, and with triton (pip install triton)")
+    return found
+
+
+def run(*command, stdin: str | None = None) -> str:
+    """What a command prints; what it says when it fails becomes the error."""
+    done = subprocess.run([str(c) for c in command], input=stdin, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ToolError(f"{' '.join(map(str, command))} failed:\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+@functools.cache
+def nvcc_version() -> str:
+    """major.minor of nvcc."""
+    text = run(find_nvcc(), "--version")
+    found = re.search(r"release (\d+\.\d+)", text)
+    if found is None:
+        raise ToolError(f"{find_nvcc()} --version does not name a release: {text}")
+    return found.group(1)
+
+
+def why_not(arch: str) -> str:
+    """Why nvcc cannot compile for an architecture, or ``""``."""
+    if arch in run(find_nvcc(), "--list-gpu-code").split():
+        return ""
+    return f"nvcc {nvcc_version()} does not know {arch}: it takes a newer one"
+
+
+# ---------------------------------------------------------------- what a launch needs
+
+
+@functools.cache
+def shared_bytes() -> dict[tuple[str, int, int], int]:
+    """(forward or backward, head dim, rows) -> bytes of dynamic shared memory, asked of csrc/short_attention.h itself."""
+    source = """
+        #include <cstdio>
+        #include "short_attention.h"
+        int main() {
+          for (int d : hlip::kShortHeadDims) {
+            for (int rows = 1; rows <= 1024; ++rows) {
+              std::printf("forward %d %d %lld\\n", d, rows, static_cast<long long>(hlip::short_forward_bytes(rows, d)));
+              std::printf("backward %d %d %lld\\n", d, rows, static_cast<long long>(hlip::short_backward_bytes(rows, d)));
+            }
+          }
+        }"""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "bytes"
+        (program.with_suffix(".cpp")).write_text(source)
+        # By nvcc, because it always knows a C++ compiler that works.
+        run(find_nvcc(), "-std=c++17", "-cudart=none", "-I", CSRC, program.with_suffix(".cpp"), "-o", program)
+        lines = run(program).splitlines()
+    table = {}
+    for line in lines:
+        way, head_dim, rows, size = line.split()
+        table[way, int(head_dim), int(rows)] = int(size)
+    return table
+
+
+def resident(arch: str, threads: int, registers: int, shared: int) -> tuple[int, int]:
+    """Blocks and warps that fit one multiprocessor, as the CUDA occupancy calculator counts.
+
+    Args:
+        arch: a key of :data:`ARCHITECTURES`. threads: of a block. registers: of a thread. shared: bytes of a block, static
+            and dynamic, without what the system keeps.
+    """
+    has = ARCHITECTURES[arch]
+    if shared > has.block_shared_memory:
+        return 0, 0
+    warps = -(-threads // 32)
+    # Each quarter of a multiprocessor has 16384 registers, handed to its warps in units of 256.
+    of_a_warp = -(-registers * 32 // 256) * 256
+    by_registers = 16384 // of_a_warp * 4 // warps
+    of_a_block = -(-(shared + RESERVED_SHARED_MEMORY) // 128) * 128
+    blocks = min(by_registers, has.shared_memory // of_a_block, has.warps // warps, has.blocks)
+    return blocks, blocks * warps
+
+
+def launches(kernel: str, keys: int, rooms: Iterable[int], head_dim: int, arch: str) -> tuple[int, bool]:
+    """The largest pack a kernel may be launched with on an architecture (0: it never is), and if a published slice comes to it.
+
+    Args:
+        keys: what a forward kernel has room for. rooms: what the forward kernels of this head dim have room for.
+    """
+    longest = max_rows(head_dim, ARCHITECTURES[arch].capability)
+    if not kernel.endswith("forward"):
+        return longest, longest >= SLICE_ROWS
+    smaller = max((room for room in rooms if room < keys), default=0)  # takes all launches that see no more than this
+    # One segment, or several that share a pack, of which 16 neighbouring rows see a part.
+    largest = min(longest, max(keys, PACK_ROWS)) if longest > smaller else 0
+    return largest, smaller < SLICE_ROWS <= min(keys, longest)
+
+
+def with_launches(row: dict, rooms: Iterable[int]) -> Resources:
+    """The figures read out of the machine code, and what follows from them and from the sizes of packs."""
+    way = "forward" if row["kernel"].endswith("forward") else "backward"
+    rows, takes_slices = launches(row["kernel"], row["keys"], rooms, row["head_dim"], row["arch"])
+    figures = {}
+    for prefix, count in (("", rows), ("slice_", SLICE_ROWS if takes_slices else 0)):
+        shared = shared_bytes()[way, row["head_dim"], count] if count else 0
+        blocks, warps = (0, 0)
+        if count:
+            blocks, warps = resident(row["arch"], row["threads"], row["registers"], row["static_shared"] + shared)
+        figures |= {f"{prefix}shared": shared, f"{prefix}blocks": blocks, f"{prefix}warps": warps}
+    known = {f.name for f in fields(Resources)} - figures.keys() - {"rows"}
+    return Resources(**{name: row[name] for name in known}, rows=rows, **figures)
+
+
+# ---------------------------------------------------------------- machine code
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a cubin says of one kernel (see :class:`Resources`)."""
+
+    threads: int
+    registers: int
+    stack: int
+    local_loads: int
+    local_stores: int
+    static_shared: int
+    products: int
+    matrix_loads: int
+    exponentials: int
+
+
+def read_cubin(path: Path, arch: str) -> dict[str, Code]:
+    """Mangled name -> figures, of every kernel in a cubin."""
+    usage = run(find_binary("cuobjdump"), "--dump-resource-usage", path)
+    elf = run(find_binary("cuobjdump"), "--dump-elf", path)
+    sass = run(find_binary("nvdisasm"), "-c", path)
+    # From sm_90 on, what the system keeps is counted as the kernel's.
+    reserved = RESERVED_SHARED_MEMORY if ARCHITECTURES[arch].capability >= (9, 0) else 0
+    threads = {}
+    for section in re.split(r"^\.nv\.info\.", elf, flags=re.M)[1:]:
+        bounds = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\S+\s+Value:\s+0x([0-9a-f]+) 0x([0-9a-f]+) 0x([0-9a-f]+)", section)
+        if bounds:
+            x, y, z = (int(b, 16) for b in bounds.groups())
+            threads[section.split(None, 1)[0]] = x * y * z
+    code = dict(re.findall(r"^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", sass, flags=re.M | re.S))
+    kernels = {}
+    for name, line in re.findall(r"Function (\S+):\n\s*(.*)", usage):
+        number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+        instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code[name], flags=re.M)
+        if not instructions:
+            raise ToolError(f"no instructions of {name} found in what nvdisasm prints: read_cubin has to learn its new form")
+        if name not in threads:
+            raise ToolError(f"{name} does not say how many threads a block has: give it __launch_bounds__")
+
+        def count(pattern, instructions=instructions):
+            return sum(re.match(pattern, i) is not None for i in instructions)
+
+        kernels[name] = Code(
+            threads=threads[name],
+            registers=number["REG"],
+            stack=number["STACK"] + number["LOCAL"],
+            local_loads=count(r"LDL\b"),
+            local_stores=count(r"STL\b"),
+            static_shared=number["SHARED"] - reserved,
+            products=count(r"HMMA\b"),
+            matrix_loads=count(r"LDSM\b"),
+            exponentials=count(r"MUFU\.EX2\b"),
+        )
+    return kernels
+
+
+def parse_name(mangled: str) -> tuple[str, str, int, int]:
+    """(kernel, dtype, head dim, keys) of a mangled name: element type and head dim come first, then a forward kernel's keys."""
+    found = re.match(r"_ZN4hlip\d+(short_attention_[a-z]+)I(6__half|13__nv_bfloat16)((?:L[a-z]\d+E)+)E", mangled)
+    if found is None:
+        raise ToolError(f"{mangled} is not a name of csrc/short_attention.cuh as it was: parse_name has to learn it")
+    kernel, element, numbers = found.groups()
+    values = [int(v) for v in re.findall(r"L[a-z](\d+)E", numbers)]
+    keys = values[1] if kernel.endswith("forward") else 0
+    return kernel, {"6__half": "float16", "13__nv_bfloat16": "bfloat16"}[element], values[0], keys
+
+
+def compile_cubin(source: Path, arch: str, output: Path, *flags: str) -> Path:
+    """Compiles one source to machine code of one architecture."""
+    number = arch.removeprefix("sm_")
+    gencode = f"arch=compute_{number},code={arch}"
+    run(find_nvcc(), *FLAGS, *flags, "-I", CSRC, "-cubin", "-gencode", gencode, "-o", output, source)
+    return output
+
+
+def compile_kernels(head_dim: int, arch: str) -> list[Resources]:
+    """Compiles all kernels of one head dim for one architecture and reads their figures."""
+    reason = why_not(arch)
+    if reason:
+        raise ToolError(reason)
+    with tempfile.TemporaryDirectory() as folder:
+        code = read_cubin(compile_cubin(SOURCE, arch, Path(folder) / "kernels.cubin", f"-DHLIP_HEAD_DIM={head_dim}"), arch)
+    rows = []
+    for mangled, figures in code.items():
+        kernel, dtype, of_name, keys = parse_name(mangled)
+        assert of_name == head_dim, mangled
+        named = {"nvcc": nvcc_version(), "kernel": kernel, "dtype": dtype, "head_dim": head_dim, "keys": keys, "arch": arch}
+        rows.append(named | asdict(figures))
+    rooms = {row["keys"] for row in rows if row["keys"]}
+    made = [with_launches(row, rooms) for row in rows]
+    return sorted(made, key=lambda r: (r.dtype, r.kernel, r.keys))
+
+
+def compile_all(archs: Iterable[str], head_dims: Iterable[int], jobs: int) -> Iterator[Resources]:
+    """Yields the :class:`Resources` of every combination."""
+    shared_bytes()  # once, before threads ask for it
+    pairs = [(head_dim, arch) for arch in archs for head_dim in head_dims]
+    with ThreadPoolExecutor(jobs) as pool:
+        for rows in pool.map(lambda pair: compile_kernels(*pair), pairs):
+            yield from rows
+
+
+# ---------------------------------------------------------------- record
+
+
+def write_rows(rows: Iterable[Resources], path: Path) -> None:
+    """Rows as CSV, a line each."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Resources)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_rows(path: Path) -> list[Resources]:
+    """What :func:`write_rows` wrote."""
+    with path.open(newline="") as file:
+        return [
+            Resources(**{f.name: row[f.name] if f.type == "str" else int(row[f.name]) for f in fields(Resources)})
+            for row in csv.DictReader(file)
+        ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python tools/cuda_resources.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers to run at once")
+    parser.add_argument("--csv", type=Path, help="also write the rows here, in place of what is there")
+    args = parser.parse_args(argv)
+    print(
+        "spills: bytes of local memory, loads, stores. largest: rows and shared bytes of the largest pack, and the blocks and"
+    )
+    print(
+        f"warps of it that fit a multiprocessor; slice: the same of slices of {SLICE_ROWS} rows; -: none comes to this kernel."
+    )
+    print(
+        f"{'kernel':24} {'keys':>4} {'dtype':8} {'D':>3} {'arch':6} {'thr':>4} {'regs':>4} {'spills':>10} {'static':>6} "
+        f"{'HMMA':>5} {'LDSM':>5} {'EX2':>4}  {'largest':22} slice"
+    )
+    rows = []
+    try:
+        for r in compile_all(args.arch, args.head_dim, args.jobs):
+            rows.append(r)
+            print(_line(r), flush=True)
+    except ToolError as error:
+        print(f"cuda_resources: {error}", file=sys.stderr)
+        return 1
+    if args.csv:
+        write_rows(rows, args.csv)
+    return 0
+
+
+def _line(r: Resources) -> str:
+    largest = f"{r.rows:>3} {r.shared:>6} {r.blocks:>2} x {r.threads // 32} = {r.warps:>2}" if r.rows else "-"
+    a_slice = f"{r.slice_shared:>6} {r.slice_blocks:>2} x {r.threads // 32} = {r.slice_warps:>2}" if r.slice_shared else "-"
+    spills = f"{r.stack}/{r.local_loads}/{r.local_stores}"
+    return (
+        f"{r.kernel:24} {r.keys or '-':>4} {r.dtype:8} {r.head_dim:>3} {r.arch:6} {r.threads:>4} {r.registers:>4} {spills:>10} "
+        f"{r.static_shared:>6} {r.products:>5} {r.matrix_loads:>5} {r.exponentials:>4}  {largest:22} {a_slice}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
