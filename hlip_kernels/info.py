@@ -9,7 +9,7 @@ import sys
 import torch
 
 from . import __version__, native
-from .backends import BACKENDS, Query, choose, why
+from .backends import BACKENDS, Query, auto, decide
 
 _PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "timm", "transformers", "accelerate", "SimpleITK", "pydicom")
 
@@ -41,9 +41,12 @@ def report() -> str:
         lines.append(f"  built for {archs} with nvcc {native.nvcc_version()}; not yet run on a GPU")
         lines += [f"  {line}" for line in _short_attention()]
 
-    lines += ["", "attention backends:"]
+    own = "measured here" if auto.user_path().exists() else "none; python -m hlip_kernels.measure_auto makes one"
+    lines += ["", f"table of auto measured on this machine ({auto.user_path()}): {own}", "", "attention backends:"]
     for query in _queries():
-        lines.append(f"  {query}: auto = {choose(query, 'auto').name}, {why(query)}")
+        line = decide(query)
+        lines.append(f"  {query}:")
+        lines.append(f"    auto       {line.backend}: {line.evidence}")
         for name, backend in BACKENDS.items():
             lines.append(f"    {name:10} {backend.supports(query)}")
     lines += [

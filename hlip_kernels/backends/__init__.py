@@ -6,9 +6,7 @@ the same answer serves ``auto``, the error of an explicit choice, the tests' sha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from . import cuda, reference, sdpa, triton
+from . import auto, cuda, reference, sdpa, triton
 from .base import Backend, Query, Support
 
 BACKENDS: dict[str, Backend] = {
@@ -17,30 +15,6 @@ BACKENDS: dict[str, Backend] = {
     "triton": triton.TritonBackend(),
     "cuda": cuda.CudaBackend(),
 }
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A line of the table of ``auto``.
-
-    Attributes:
-        device_type: where it applies. backend: what it proposes. longest: only for segments of up to so many rows.
-        evidence: what it rests on.
-    """
-
-    device_type: str
-    backend: str
-    longest: int | None
-    evidence: str
-
-
-# `auto` takes the first line that applies and whose backend can run the query.
-AUTO = (
-    Choice("cuda", "cuda", 128, "predicted (docs/short_segments.md): not yet run on a GPU"),
-    Choice("cuda", "triton", None, "predicted (docs/performance.md): not yet run on a GPU"),
-    Choice("cuda", "sdpa", None, "what torch has where triton is not"),
-    Choice("cpu", "sdpa", None, "measured (docs/benchmarks.md)"),
-)
 
 
 def choose(query: Query, name: str) -> Backend:
@@ -56,25 +30,21 @@ def choose(query: Query, name: str) -> Backend:
         if BACKENDS[name].supports(query):
             return BACKENDS[name]
         raise NotImplementedError(f"backend {name!r} cannot run {query}:\n{explain(query)}")
-    for choice in AUTO:
-        if _applies(choice, query) and BACKENDS[choice.backend].supports(query):
-            return BACKENDS[choice.backend]
+    return BACKENDS[decide(query).backend]
+
+
+def decide(query: Query) -> auto.Choice:
+    """The line of the tables that ``"auto"`` goes by: the first that applies and whose backend can run the query.
+
+    Raises:
+        NotImplementedError: there is none; the message lists every backend with its reason.
+    """
+    for line in auto.table():
+        if line.applies(query) and line.backend in BACKENDS and BACKENDS[line.backend].supports(query):
+            return line
     if BACKENDS["reference"].supports(query):
-        return BACKENDS["reference"]
+        return auto.Choice(query.device_type, "reference", "nothing else can run it")
     raise NotImplementedError(f"no backend can run {query}:\n{explain(query)}")
-
-
-def _applies(choice: Choice, query: Query) -> bool:
-    if choice.device_type != query.device_type:
-        return False
-    return choice.longest is None or (query.longest is not None and query.longest <= choice.longest)
-
-
-def why(query: Query) -> str:
-    """The evidence of what ``auto`` chooses for a query."""
-    chosen = choose(query, "auto").name
-    found = [c.evidence for c in AUTO if _applies(c, query) and c.backend == chosen]
-    return found[0] if found else "nothing else can run it"
 
 
 def explain(query: Query) -> str:
@@ -82,4 +52,4 @@ def explain(query: Query) -> str:
     return "\n".join(f"  {name}: {backend.supports(query)}" for name, backend in BACKENDS.items())
 
 
-__all__ = ["AUTO", "BACKENDS", "Backend", "Choice", "Query", "Support", "choose", "explain", "why"]
+__all__ = ["BACKENDS", "Backend", "Query", "Support", "choose", "decide", "explain"]

@@ -6,6 +6,7 @@ Importing this module never imports triton; the kernels are loaded on first use,
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 import os
@@ -23,11 +24,17 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "False")
 
 
+@functools.cache
+def installed() -> bool:
+    """Whether triton can be imported. Kept, since looking takes longer than all the rest of choosing a backend."""
+    return importlib.util.find_spec("triton") is not None
+
+
 class TritonBackend(Backend):
     name = "triton"
 
     def supports(self, query: Query) -> Support:
-        if importlib.util.find_spec("triton") is None:
+        if not installed():
             return Support.no("triton is not installed")
         if query.device_type == "cpu":
             if not interpreted():
