@@ -67,7 +67,7 @@ def attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     pattern = layout.pattern(level, neighbours=neighbours, summary=summary)
-    if not torch.compiler.is_compiling():
+    if backend != "auto" and not torch.compiler.is_compiling():
         choose(Query.of(q, Plan.of(pattern)), backend)  # says no before the graph is built, with the reasons
     if backend == "reference" and not torch.compiler.is_compiling():
         out, lse = reference.attention(q, k, v, Plan.of(pattern), float(scale))  # plain autograd, any number of times
