@@ -2,12 +2,15 @@
 
 import ctypes
 import functools
+import hashlib
 import os
 import tempfile
+import time
 from pathlib import Path
 
+import emulation
 import torch
-from emulation import build
+from emulation import CSRC, build, compiler, cuda_include
 
 from hlip_kernels.backends.cuda import CudaBackend
 from hlip_kernels.native import LOG2_E
@@ -43,12 +46,37 @@ class BackwardArguments(ctypes.Structure):
 
 @functools.cache
 def library(head_dim: int) -> ctypes.CDLL:
-    """The kernels of one head dim, compiled for this process."""
-    folder = Path(tempfile.mkdtemp(prefix="hlip-emulated-"))
-    path = build(
-        SOURCE, folder / f"short_attention_{head_dim}.so", f"HLIP_HEAD_DIM={head_dim}", shared=True, sanitized=SANITIZED
-    )
-    return ctypes.CDLL(str(path))
+    """The kernels of one head dim."""
+    return ctypes.CDLL(str(compiled(head_dim, SANITIZED)))
+
+
+def compiled(head_dim: int, sanitized: bool) -> Path:
+    """Compiles them, once for all processes: the file stays in the temporary folder, named by all it was made of."""
+    folder = Path(tempfile.gettempdir(), f"hlip-emulated-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():  # somebody else's code must not be loaded
+        folder = Path(tempfile.mkdtemp(prefix="hlip-emulated-"))
+    kept = folder / f"{_made_of(head_dim, sanitized)}.so"
+    if not kept.exists():
+        for old in folder.glob("*.so"):  # of other sources; a process that still has it loaded keeps it
+            if time.time() - old.stat().st_mtime > 24 * 3600:
+                old.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as own:  # two workers may both be here: neither sees half a file
+            made = build(SOURCE, Path(own, kept.name), f"HLIP_HEAD_DIM={head_dim}", shared=True, sanitized=sanitized)
+            if _made_of(head_dim, sanitized) != kept.stem:  # somebody is editing
+                return compiled(head_dim, sanitized)
+            os.replace(made, kept)
+    return kept
+
+
+def _made_of(head_dim: int, sanitized: bool) -> str:
+    """A digest of everything that decides what is compiled."""
+    sources = [SOURCE, Path(emulation.__file__), *sorted(CSRC.glob("*.*h")), *sorted(CSRC.glob("device/*.*h"))]
+    facts = [str(head_dim), str(sanitized), compiler(), str(Path(compiler()).stat().st_mtime_ns), str(cuda_include())]
+    digest = hashlib.sha256("\0".join(facts).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 class Kernels:

@@ -55,10 +55,12 @@ def build(source: Path, output: Path, *defines: str, shared: bool = False, sanit
 
 
 def preload() -> str:
-    """The sanitizer's library, for LD_PRELOAD."""
-    return subprocess.run(
-        [compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    """What LD_PRELOAD must name in a process that loads a sanitized library."""
+    # The C++ library too: the sanitizer looks for what it intercepts (throwing) when it starts, before torch brings that.
+    return " ".join(
+        subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    )
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
