@@ -10,10 +10,12 @@ from pathlib import Path
 
 import emulation
 import torch
+from attention_truth import make
 from emulation import CSRC, build, compiler, cuda_include
 
 from hlip_kernels.backends.cuda import CudaBackend
 from hlip_kernels.native import LOG2_E
+from hlip_kernels.pattern import Plan
 
 SOURCE = Path(__file__).parent / "emulator" / "short_attention.cpp"
 SANITIZED = bool(os.environ.get("HLIP_EMULATE_SANITIZED"))  # then libasan must be preloaded: tests/test_short_attention.py
@@ -134,3 +136,13 @@ class EmulatedCudaBackend(CudaBackend):
 
     def _why_not_here(self, query):
         return "" if query.device_type == "cpu" else "emulated: on the CPU only"
+
+
+# Lengths of segments: tiny ones, which share packs, and those around the edges of tiles.
+TINY = tuple(range(9))
+EDGES = tuple(16 * n + d for n in (1, 2, 3, 4, 5, 8) for d in (-1, 0, 1))
+
+
+def plan_of(lengths, num_prefix=0, row_multiple=1):
+    """The plan of slices of these lengths, all in one scan."""
+    return Plan.of(make([[lengths]], num_prefix, row_multiple).pattern("slice"))

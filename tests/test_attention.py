@@ -22,7 +22,7 @@ from emulation import compiler, cuda_include
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hlip_kernels import Layout, attention
+from hlip_kernels import attention
 from hlip_kernels.backends import BACKENDS, Query
 from hlip_kernels.backends import triton as triton_backend
 from hlip_kernels.pattern import Plan
@@ -369,91 +369,3 @@ def test_launches_one_forward_two_backward_and_none_for_nothing(monkeypatch):
     empty = make([[[0, 0]]], 0)
     attention(*torch.empty(0, 3, 2, 16, requires_grad=True).unbind(1), empty, "scan", backend="triton").sum().backward()
     assert launched == []
-
-
-# ------------------------------------------------------------------ choosing, and saying no
-
-
-def good(rows=8, heads=2, dim=16, **options):
-    return torch.randn(rows, heads, dim, **options)
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda q, k, v: (q[:-1], k, v), ["q", "8", "7"]),
-        (lambda q, k, v: (q, k[:, :1], v), ["k", "heads"]),
-        (lambda q, k, v: (q, k, v[..., :8]), ["v", "head dim"]),
-        (lambda q, k, v: (q, k.half(), v), ["k", "float16", "float32"]),
-        (lambda q, k, v: (q, k, v.to("meta")), ["v", "meta"]),
-        (lambda q, k, v: (q, k, v.flatten(1)), ["v", "dim"]),
-        (lambda q, k, v: (q.int(), k.int(), v.int()), ["q", "int32"]),
-        (lambda q, k, v: (q, good(8, 16, 2).transpose(1, 2), v), ["k", "contiguous"]),
-    ],
-)
-def test_bad_tensors_are_named(change, words):
-    layout = Layout.from_lengths([3, 5], levels=("scan",))
-    with pytest.raises((ValueError, TypeError)) as caught:
-        attention(*change(good(), good(), good()), layout, "scan")
-    assert all(word in str(caught.value) for word in words), str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"level": "voxel"}, ["voxel", "'slice'", "'study'"]),
-        ({"level": "slice", "neighbours": -1}, ["neighbours", "-1"]),
-        ({"level": "slice", "neighbours": 1.5}, ["neighbours", "1.5"]),
-        ({"level": "study", "neighbours": 1}, ["neighbours", "study"]),
-        ({"level": "scan", "summary": "slice"}, ["summary", "coarser"]),
-        ({"level": "scan", "summary": "moon"}, ["moon"]),
-        ({"level": "scan", "backend": "magic"}, ["magic", "'sdpa'"]),
-    ],
-)
-def test_bad_options_are_named(options, words):
-    layout = make([[[8]]], 0)
-    with pytest.raises(ValueError) as caught:
-        attention(good(), good(), good(), layout, **options)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
-
-
-def test_summary_without_prefix_rows_is_refused():
-    with pytest.raises(ValueError, match="num_prefix=0"):
-        attention(good(), good(), good(), make([[[8]]], 0), "slice", summary="study")
-
-
-def test_a_layout_is_needed():
-    with pytest.raises((ValueError, TypeError), match="layout"):
-        attention(good(), good(), good(), [3, 5], "scan")
-
-
-def test_a_named_backend_never_falls_back():
-    q = good(dtype=torch.float64)
-    with pytest.raises(NotImplementedError) as caught:
-        attention(q, q, q, Layout.from_lengths([8], levels=("scan",)), "scan", backend="triton")
-    for name in BACKENDS:
-        assert f"  {name}: " in str(caught.value)
-    assert "float64" in str(caught.value)
-
-
-def test_every_refusal_has_a_reason():
-    for device, capability in (("cpu", None), ("cuda", (7, 5)), ("cuda", (9, 0)), ("mps", None), ("xpu", None)):
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32):
-            for head_dim in (8, 64, 512):
-                for backend in BACKENDS.values():
-                    support = backend.supports(Query(device, capability, dtype, head_dim))
-                    assert bool(support) == (not support.reason)
-
-
-def test_auto_on_a_cpu_is_sdpa_and_its_answer():
-    layout = make(RAGGED, 1)
-    q, k, v = (good(layout.num_rows) for _ in range(3))
-    assert torch.equal(attention(q, k, v, layout, "scan"), attention(q, k, v, layout, "scan", backend="sdpa"))
-
-
-def test_scale():
-    layout = make(RAGGED, 1)
-    q, k, v = (good(layout.num_rows) for _ in range(3))
-    expected = attention(q * 0.5, k, v, layout, "scan", scale=1.0)
-    torch.testing.assert_close(attention(q, k, v, layout, "scan", scale=0.5), expected)
-    torch.testing.assert_close(attention(q, k, v, layout, "scan"), attention(q, k, v, layout, "scan", scale=16**-0.5))

@@ -26,7 +26,6 @@ DTYPES = ("bfloat16", "float16")
 # sake of the blocks that then fit a multiprocessor; the record says how many.
 MOST_STACK = {("sm_90", 64): 0}
 MOST_STACK_ELSEWHERE = 96
-COMPILED = (64, 128)  # the published models' head dim, and the one that is shortest of registers; the record has all
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +56,10 @@ def test_registers_spills_shared_memory_and_matrix_instructions(nvcc, arch, tmp_
     reason = cuda_resources.why_not(arch)
     if reason:
         pytest.skip(reason)
-    arguments = ["--arch", arch, "--head-dim", *map(str, COMPILED), "--csv", str(tmp_path / "rows.csv")]
+    arguments = ["--arch", arch, "--head-dim", *map(str, HEAD_DIMS), "--csv", str(tmp_path / "rows.csv")]
     assert cuda_resources.main(arguments) == 0, capsys.readouterr().err
     rows = read_rows(tmp_path / "rows.csv")
-    for head_dim in COMPILED:
+    for head_dim in HEAD_DIMS:
         for dtype in DTYPES:
             kernels = [(r.kernel, r.keys) for r in rows if (r.head_dim, r.dtype) == (head_dim, dtype)]
             assert len(kernels) == len(set(kernels)) and ("short_attention_backward", 0) in kernels
