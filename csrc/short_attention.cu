@@ -19,6 +19,7 @@ namespace {
 
 template <typename Arguments, typename Choose>
 void launch(const char* what, Target target, Type type, const Arguments& a, const Extent& extent, Choose choose) {
+  if (target.on_host) fail(what, "it runs on GPUs only (tests emulate it: tests/emulated_attention.py)", extent, a.heads, 0, 0);
   if (extent.blocks * a.heads == 0) return;
   if (extent.blocks * a.heads > 0x7fffffff) fail(what, "too many blocks for one launch", extent, a.heads, 0, 0);
   const auto run = [&](auto kernel, const Arguments& arguments, int threads, int64_t bytes) {

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hlip_kernels import info, native
+from hlip_kernels import Layout, info, native
+from hlip_kernels.packs import packs_of
+from hlip_kernels.pattern import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,3 +114,14 @@ def test_importing_the_kernels_does_not_import_triton_or_hlip():
     with_ours, without = (subprocess.run([sys.executable, "-c", c], capture_output=True, text=True) for c in (code, plain))
     assert with_ours.returncode == 0, with_ours.stderr
     assert with_ours.stdout == without.stdout
+
+
+@pytest.mark.skipif(bool(native.why_missing()), reason="the CUDA extension is not built")
+def test_gpu_kernels_refuse_memory_of_the_host():
+    plan = Plan.of(Layout.from_lengths([5, 3], levels=("slice",)).pattern("slice"))
+    q = torch.randn(8, 2, 64).half()
+    with pytest.raises(RuntimeError, match="short_attention_forward failed: it runs on GPUs only.*head dim 64, 2 heads"):
+        native.short_attention_forward(q, q, q, packs_of(plan, q.device), 0.1)
+    with pytest.raises(RuntimeError, match="no kernel for head dim 48"):
+        wide = torch.randn(8, 2, 48).half()
+        native.short_attention_forward(wide, wide, wide, packs_of(plan, q.device), 0.1)

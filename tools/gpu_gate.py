@@ -3,7 +3,7 @@
     python tools/gpu_gate.py --out FOLDER
 
 Runs in a Python that already has torch >= 2.11 and needs no network. Every step has a time limit and a log of its own; a
-failing step does not stop the others. FOLDER gets summary.txt, one log per step, benchmarks.json and rows.csv.
+failing step does not stop the others. FOLDER gets summary.txt, one log per step, benchmarks.json, rows.csv and auto.json.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def steps(out: Path) -> list[tuple[str, list[str], int]]:
         # What matters most first: a run cut short still says something.
         ("benchmarks-attention", [*pytest, "benchmarks/test_attention.py", "--benchmark-quiet",
                                   f"--benchmark-json={out / 'attention.json'}"], 240),
+        # Which backend is fastest for which length of segments: what the shipped table of auto should say.
+        ("auto", [PYTHON, "-m", "hlip_kernels.measure_auto", "--out", str(out / "auto.json")], 45),
         ("benchmarks-ops", [*pytest, "benchmarks/test_ops.py", "--benchmark-quiet",
                             f"--benchmark-json={out / 'ops.json'}"], 40),
         ("benchmarks-model", [*pytest, "benchmarks/test_model.py", "--benchmark-quiet",
