@@ -26,7 +26,7 @@ class HierarchicalAttention(nn.Module):
         proj_bias: a bias in the output projection.
         proj_drop: dropout after the output projection.
         norm_layer: made as ``norm_layer(head_dim)`` when ``qk_norm``.
-        neighbours, summary, backend: as in :func:`hlip_kernels.attention`.
+        neighbours, summary, backend, deterministic, allow_tf32: as in :func:`hlip_kernels.attention`.
         device, dtype: of the parameters.
     """
 
@@ -43,6 +43,8 @@ class HierarchicalAttention(nn.Module):
         neighbours: int = 0,
         summary: str | None = None,
         backend: str = "auto",
+        deterministic: bool = True,
+        allow_tf32: bool = False,
         device=None,
         dtype=None,
     ):
@@ -54,6 +56,7 @@ class HierarchicalAttention(nn.Module):
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
         self.neighbours, self.summary, self.backend = neighbours, summary, backend
+        self.deterministic, self.allow_tf32 = deterministic, allow_tf32
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **made)
         self.q_norm = norm_layer(self.head_dim, **made) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **made) if qk_norm else nn.Identity()
@@ -89,6 +92,7 @@ class HierarchicalAttention(nn.Module):
             out = attention(
                 q, k, v, layout, level,
                 scale=self.scale, neighbours=self.neighbours, summary=self.summary, backend=self.backend,
+                deterministic=self.deterministic, allow_tf32=self.allow_tf32,
             )  # fmt: skip
         return self.proj_drop(self.proj(out.flatten(-2)))
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlip_kernels.backends import cuda as cuda_backend
+from hlip_kernels.backends.base import Numerics
 from hlip_kernels.backends.cuda import HEAD_DIMS, CudaBackend, max_rows
 from hlip_kernels.backends.cuda import KEYS as BANDS
 from hlip_kernels.pattern import Plan
@@ -49,8 +50,8 @@ def tensors(rows, dtype, head_dim, heads=2):
 def both(backend, q, k, v, grad, plan, scale=None, grad_lse=None):
     """Forward and backward, without asking whether the backend would take this."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = backend.forward(q, k, v, plan, scale)
-    return out, lse, *backend.backward(grad, grad_lse, q, k, v, out, lse, plan, scale)
+    out, lse = backend.forward(q, k, v, plan, scale, Numerics())
+    return out, lse, *backend.backward(grad, grad_lse, q, k, v, out, lse, plan, scale, Numerics())
 
 
 def check(backend, lengths, num_prefix, dtype, head_dim, scale=None, row_multiple=1):

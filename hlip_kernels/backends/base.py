@@ -11,6 +11,19 @@ from ..pattern import Plan
 
 
 @dataclass(frozen=True)
+class Numerics:
+    """What the caller allows beyond the promise of docs/numerics.md.
+
+    Attributes:
+        deterministic: same inputs, same bits, every run; ``False`` lets the backward pass add floats in any order.
+        allow_tf32: float32 inputs may be multiplied in TF32 (10 bits of mantissa) by the matrix units.
+    """
+
+    deterministic: bool = True
+    allow_tf32: bool = False
+
+
+@dataclass(frozen=True)
 class Query:
     """The facts a backend decides on.
 
@@ -21,6 +34,7 @@ class Query:
         head_dim: ``D``.
         longest: the most rows one segment sees, prefix rows counted; ``None`` when not known.
         sees_itself: every segment sees itself alone (no neighbours, no summary).
+        numerics: what the caller allows.
     """
 
     device_type: str
@@ -29,14 +43,15 @@ class Query:
     head_dim: int
     longest: int | None = None
     sees_itself: bool = True
+    numerics: Numerics = Numerics()
 
     @classmethod
-    def of(cls, q: torch.Tensor, plan: Plan) -> Query:
+    def of(cls, q: torch.Tensor, plan: Plan, numerics: Numerics = Numerics()) -> Query:
         """The query for a ``(R, H, D)`` tensor and a pattern."""
         capability = None
         if q.device.type == "cuda" and torch.version.hip is None:
             capability = torch.cuda.get_device_capability(q.device)
-        return cls(q.device.type, capability, q.dtype, q.shape[-1], plan.longest, plan.sees_itself)
+        return cls(q.device.type, capability, q.dtype, q.shape[-1], plan.longest, plan.sees_itself, numerics)
 
     def __str__(self) -> str:
         where = (
@@ -85,7 +100,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float, numerics: Numerics
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``softmax(scale * q k^T) v`` over the rows each record sees, and the log-sum-exp of its logits."""
 
@@ -101,6 +116,7 @@ class Backend(abc.ABC):
         lse: torch.Tensor,
         plan: Plan,
         scale: float,
+        numerics: Numerics,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of q, k and v. ``grad_lse`` is ``None`` when nothing used the log-sum-exp."""
 

@@ -60,10 +60,10 @@ class CudaBackend(Backend):
             )
         return ""
 
-    def forward(self, q, k, v, plan, scale):
+    def forward(self, q, k, v, plan, scale, numerics):
         return self.kernels.short_attention_forward(*map(_aligned, (q, k, v)), self._packs(q, plan), scale)
 
-    def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale):
+    def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
         grad_out, q, k, v, out = map(_aligned, (grad_out, q, k, v, out))
         return self.kernels.short_attention_backward(grad_out, grad_lse, q, k, v, out, lse, self._packs(q, plan), scale)
 

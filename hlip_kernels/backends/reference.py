@@ -56,10 +56,10 @@ class ReferenceBackend(Backend):
             return Support.no(f"needs a floating dtype, got {query.dtype}")
         return Support.yes()
 
-    def forward(self, q, k, v, plan, scale):
+    def forward(self, q, k, v, plan, scale, numerics):
         return attention(q, k, v, plan, scale)
 
-    def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale):
+    def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
         stats = stats_dtype(q.dtype)
         dq, dk, dv = (torch.zeros(t.shape, dtype=stats, device=t.device) for t in (q, k, v))
         for query_rows, key_rows in record_rows(plan, q.device):

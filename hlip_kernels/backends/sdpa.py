@@ -177,7 +177,7 @@ class SdpaBackend(Backend):
             return Support.no(f"made for cpu and cuda, not {query.device_type}")
         return Support.yes()
 
-    def forward(self, q, k, v, plan, scale):
+    def forward(self, q, k, v, plan, scale, numerics):
         groups = groups_of(plan, q.device)
         if not groups:
             return torch.zeros(q.shape, dtype=q.dtype, device=q.device), _zero_lse(q)
@@ -185,7 +185,7 @@ class SdpaBackend(Backend):
         outs, lses = zip(*(_forward(*group, scale) for group in zip(*gathered, strict=True)), strict=True)
         return groups.query.scatter(outs, q.dtype), groups.query.scatter(lses, stats_dtype(q.dtype))
 
-    def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale):
+    def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
         groups = groups_of(plan, q.device)
         if not groups:
             return tuple(torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Query, choose, reference
-from ..backends.base import stats_dtype
+from ..backends.base import Numerics, stats_dtype
 from ..layout import Layout
 from ..pattern import Plan
 from .checks import check_layout, check_rows
@@ -23,6 +23,8 @@ def attention(
     neighbours: int = 0,
     summary: str | None = None,
     backend: str = "auto",
+    deterministic: bool = True,
+    allow_tf32: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention inside every segment of one level of a packed, ragged batch.
@@ -40,6 +42,10 @@ def attention(
         neighbours: also see the patch and prefix rows of this many segments before and after, inside the same parent.
         summary: a coarser level; also see the prefix rows of every sibling inside the same segment of that level.
         backend: ``"auto"``, or one of ``hlip_kernels.backends.BACKENDS``; a named one never falls back.
+        deterministic: same inputs, same bits, every run. ``False`` allows a backward pass whose sums depend on timing,
+            where a backend has a faster one.
+        allow_tf32: float32 inputs may be multiplied in TF32 (10 bits of mantissa) where the GPU's matrix units do that
+            faster; errors grow to those of float16. No effect on other dtypes.
         return_lse: also return the natural log-sum-exp of the scaled logits.
 
     Returns:
@@ -68,24 +74,29 @@ def attention(
         scale = q.shape[-1] ** -0.5
     pattern = layout.pattern(level, neighbours=neighbours, summary=summary)
     if backend != "auto" and not torch.compiler.is_compiling():
-        choose(Query.of(q, Plan.of(pattern)), backend)  # says no before the graph is built, with the reasons
+        numerics = Numerics(deterministic, allow_tf32)
+        choose(Query.of(q, Plan.of(pattern), numerics), backend)  # says no before the graph is built, with the reasons
     if backend == "reference" and not torch.compiler.is_compiling():
         out, lse = reference.attention(q, k, v, Plan.of(pattern), float(scale))  # plain autograd, any number of times
     else:
-        out, lse = torch.ops.hlip.attention(q, k, v, pattern, float(scale), backend)
+        out, lse = torch.ops.hlip.attention(q, k, v, pattern, float(scale), backend, deterministic, allow_tf32)
     return (out, lse) if return_lse else out
 
 
 @torch.library.custom_op("hlip::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, pattern: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Tensor, scale: float, backend: str,
+    deterministic: bool = True, allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if q.numel() == 0:
         return _empty_outputs(q)
     plan = Plan.of(pattern)
-    return choose(Query.of(q, plan), backend).forward(q, k, v, plan, scale)
+    numerics = Numerics(deterministic, allow_tf32)
+    return choose(Query.of(q, plan, numerics), backend).forward(q, k, v, plan, scale, numerics)
 
 
 @_attention.register_fake
-def _(q, k, v, pattern, scale, backend):
+def _(q, k, v, pattern, scale, backend, deterministic=True, allow_tf32=False):
     return _empty_outputs(q)
 
 
@@ -105,22 +116,26 @@ def _attention_backward(
     pattern: Tensor,
     scale: float,
     backend: str,
+    deterministic: bool = True,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if grad_out.stride(-1) != 1:  # an expanded gradient, from .sum() say
         grad_out = grad_out.contiguous()
     plan = Plan.of(pattern)
-    return choose(Query.of(q, plan), backend).backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale)
+    numerics = Numerics(deterministic, allow_tf32)
+    chosen = choose(Query.of(q, plan, numerics), backend)
+    return chosen.backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics)
 
 
 @_attention_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, out, lse, pattern, scale, backend):
+def _(grad_out, grad_lse, q, k, v, out, lse, pattern, scale, backend, deterministic=True, allow_tf32=False):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, pattern, ctx.scale, ctx.backend = inputs
+    q, k, v, pattern, *ctx.options = inputs  # scale, backend, deterministic, allow_tf32
     ctx.save_for_backward(q, k, v, *output, pattern)
     ctx.set_materialize_grads(False)
 
@@ -128,11 +143,11 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse, pattern = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return None, None, None, None, None, None
+        return (None,) * 8
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    dq, dk, dv = torch.ops.hlip.attention_backward(grad_out, grad_lse, q, k, v, out, lse, pattern, ctx.scale, ctx.backend)
-    return dq, dk, dv, None, None, None
+    dq, dk, dv = torch.ops.hlip.attention_backward(grad_out, grad_lse, q, k, v, out, lse, pattern, *ctx.options)
+    return dq, dk, dv, *(None,) * 5
 
 
 _attention.register_autograd(_backward, setup_context=_setup)

@@ -51,7 +51,7 @@ class TritonBackend(Backend):
             return Support.no(f"head dim {query.head_dim} is larger than {MAX_HEAD_DIM}")
         return Support.yes()
 
-    def forward(self, q, k, v, plan, scale):
+    def forward(self, q, k, v, plan, scale, numerics):
         from . import kernels
 
         num_rows, heads, head_dim = q.shape
@@ -66,7 +66,7 @@ class TritonBackend(Backend):
         )  # fmt: skip
         return out, lse
 
-    def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale):
+    def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
         from . import kernels
 
         num_rows, heads, head_dim = q.shape
