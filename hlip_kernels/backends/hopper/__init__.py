@@ -1,0 +1,138 @@
+"""The Hopper backend: Gluon kernels for long segments on sm_90, launched over the tiles of a plan.
+
+Forward is :mod:`.forward`; backward is the Triton backend's. Importing this module never imports triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .. import triton as triton_backend
+from ..base import Backend, Query, Support
+from .config import DTYPES, FORWARD, HEAD_DIMS, Config
+
+_LOG2_E = math.log2(math.e)
+_TINY = 1e-30  # a scale of 0 would make the -inf of masked logits NaN; logits this small are 0 after rounding
+
+
+@functools.cache
+def _why_no_gluon() -> str:
+    """Why the kernels cannot be compiled here; empty if they can."""
+    try:
+        major, minor = (int(part) for part in version("triton").split(".")[:2])
+    except (PackageNotFoundError, ValueError):
+        return "triton is not installed"
+    return "" if (major, minor) >= (3, 6) else f"needs triton >= 3.6 for Gluon, found {version('triton')}"
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class HopperBackend(Backend):
+    name = "hopper"
+
+    def supports(self, query: Query) -> Support:
+        if query.device_type != "cuda" or query.capability is None:
+            return Support.no("needs an NVIDIA GPU of compute capability 9.0")
+        if query.capability != (9, 0):
+            found = "{}.{}".format(*query.capability)
+            return Support.no(f"its products are those of compute capability 9.0, this GPU has {found}")
+        if _why_no_gluon():
+            return Support.no(_why_no_gluon())
+        if triton_backend.interpreted():
+            return Support.no("Gluon has no interpreter: unset TRITON_INTERPRET")
+        return self.takes(query)
+
+    def takes(self, query: Query) -> Support:
+        """Whether there are kernels for this, wherever they may run."""
+        if query.dtype not in DTYPES:
+            return Support.no(f"takes float16 and bfloat16, got {str(query.dtype).removeprefix('torch.')}")
+        if query.head_dim not in HEAD_DIMS:
+            return Support.no(f"has kernels for head dims {', '.join(map(str, HEAD_DIMS))}, not {query.head_dim}")
+        return Support.yes()
+
+    def forward(self, q, k, v, plan, scale, numerics):
+        num_rows, heads, head_dim = q.shape
+        config = FORWARD[head_dim]
+        k, v = _loadable(k), _loadable(v)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty((heads, num_rows), dtype=torch.float32, device=q.device)
+        tiles, records = plan.tiles(config.rows, q.device)
+        items = len(tiles) * heads
+        if items:
+            self.launch(
+                "attention_forward", config, items, [k, v],
+                q, k, v, out, lse, tiles, records,
+                *_strides(q, k, v, out), num_rows, len(tiles), items,
+                max(abs(scale) * _LOG2_E, _TINY), -1.0 if scale < 0 else 1.0,
+            )  # fmt: skip
+        return out, lse
+
+    def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
+        return self.triton.backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics)
+
+    triton = triton_backend.TritonBackend()
+
+    def launch(self, name: str, config: Config, items: int, loaded: list[torch.Tensor], *args) -> None:
+        """Runs kernel ``name`` with a program for each multiprocessor, or for each item if there are fewer.
+
+        Args:
+            loaded: ``(R, H, D)`` tensors whose tiles of ``config.block`` rows come by TMA.
+            args: the kernel's other arguments, up to its constants.
+        """
+        from . import forward
+
+        device, head_dim = loaded[0].device, loaded[0].shape[-1]
+        with torch.cuda.device(device):
+            getattr(forward, name)[(min(items, _multiprocessors(device)),)](
+                *(_descriptor(t, config.block) for t in loaded),
+                *args,
+                BLOCK_D=head_dim,
+                BLOCK_N=config.block,
+                CONSUMERS=config.consumers,
+                STAGES=config.stages,
+                PART=config.part,
+                CONSUMER_REGISTERS=config.consumer_registers,
+                PRODUCER_REGISTERS=config.producer_registers,
+                num_warps=4,
+                maxnreg=config.max_registers,
+            )
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    """Row and head stride of each ``(R, H, D)`` tensor, in elements."""
+    return [stride for t in tensors for stride in t.stride()[:2]]
+
+
+def extent(t: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of an ``(R, H, D)`` tensor taken as a matrix: head ``h`` is the columns from ``h`` head strides on."""
+    return t.shape[0], (t.shape[1] - 1) * t.stride(1) + t.shape[2]
+
+
+def _loadable(t: torch.Tensor) -> torch.Tensor:
+    """``t``, or a copy where TMA could not load it: it wants 16-byte addresses and strides, and 32-bit coordinates."""
+    row, head = t.stride()[:2]
+    unit = 16 // t.element_size()
+    fits = row > 0 and row % unit == 0 and head > 0 and head % unit == 0 and t.data_ptr() % 16 == 0
+    return t if fits and extent(t)[1] < 2**31 else t.contiguous()
+
+
+def _descriptor(t: torch.Tensor, rows: int):
+    """How TMA finds tiles of ``rows`` rows of one head of an ``(R, H, D)`` tensor."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = _tile_layout(gl, t.dtype, rows, t.shape[-1])
+    return TensorDescriptor(t, list(extent(t)), [t.stride(0), 1], [rows, t.shape[-1]], layout)
+
+
+@functools.cache
+def _tile_layout(gl, dtype: torch.dtype, rows: int, head_dim: int):
+    element = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
+    return gl.NVMMASharedLayout.get_default_for([rows, head_dim], element)

@@ -1,0 +1,49 @@
+"""Sizes of the Hopper kernels, by head dim: a readable table. Predicted, not yet measured on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = (torch.float16, torch.bfloat16)
+ROWS = 64  # of one consumer
+REGISTERS = 65536  # of a multiprocessor, all for one program
+
+
+@dataclass(frozen=True)
+class Config:
+    """One kernel's sizes.
+
+    Attributes:
+        consumers: groups of four warps that multiply, 64 rows each; one more group loads.
+        block: rows of a tile of the ring. stages: tiles of the ring.
+        part: rows that the loading group takes at a time where it loads by address.
+        consumer_registers, producer_registers: of a thread, multiples of 8; together at most what the card has.
+    """
+
+    consumers: int
+    block: int
+    stages: int
+    part: int
+    consumer_registers: int
+    producer_registers: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a program's tile."""
+        return ROWS * self.consumers
+
+    @property
+    def max_registers(self) -> int:
+        """Registers a thread starts with: an equal share."""
+        return REGISTERS // (128 * (self.consumers + 1)) // 8 * 8
+
+
+# Three consumers share each tile of keys and values: 192 rows a tile keep what a multiprocessor asks of L2 at 20 bytes a
+# clock if products bind. Tiles of 64 rows leave room for the logits of two tiles, which is what overlaps.
+FORWARD = {
+    64: Config(consumers=3, block=64, stages=4, part=16, consumer_registers=152, producer_registers=56),
+    128: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=224, producer_registers=56),
+}
+HEAD_DIMS = tuple(FORWARD)

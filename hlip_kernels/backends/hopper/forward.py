@@ -1,0 +1,228 @@
+"""Forward attention for Hopper in Gluon: loads by TMA, products of warpgroups, and the softmax beside them.
+
+A program is a producer and ``CONSUMERS`` consumers, four warps each. The producer fills a ring of key and value tiles; every
+consumer owns 64 query rows and goes over all tiles of the ring. Whole tiles of patch rows come by TMA; the last patch rows
+and the prefix rows, which lie elsewhere, are loaded by address into the same ring.
+
+At head dim 64 the exponentials take as long as the products, so both must go on at once (Shah et al., arXiv 2407.08608). Inside
+a consumer the logits of the next tile are computed during the exponentials of this one; what that leaves open, the product
+with the values, overlaps with the exponentials of the other consumers.
+
+Shape letters as in the Triton kernels: ``M`` query rows, ``N`` key rows, ``D`` head dim.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from .ring import await_use, complete_use, produce_by_address, produce_by_tma, row_of
+
+LN_2 = gl.constexpr(0.6931471805599453)
+ROWS = gl.constexpr(64)  # query rows of a consumer: what one warpgroup product takes
+
+
+@gluon.jit
+def _produce(sources, rings, numbers, STAGES: gl.constexpr, PART: gl.constexpr):
+    """Key and value tiles of every item of this program, in order."""
+    k_desc, v_desc, k, v, tiles, records = sources
+    k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
+    k_row, k_head, v_row, v_head, num_tiles, num_items = numbers
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    made = 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        head = item // num_tiles
+        record = records + gl.load(tiles + 2 * (item % num_tiles)) * 8
+        patch, patches = gl.load(record + 4), gl.load(record + 5)
+        prefix, total = gl.load(record + 6), gl.load(record + 7) + patches
+        whole = (patches // BLOCK_N) * BLOCK_N
+        for at in range(0, whole, BLOCK_N):
+            produce_by_tma(k_desc, patch + at, head * k_head, k_smem, full_k, empty_k, made, STAGES)
+            produce_by_tma(v_desc, patch + at, head * v_head, v_smem, full_v, empty_v, made, STAGES)
+            made += 1
+        k_base = k + head.to(gl.int64) * k_head
+        v_base = v + head.to(gl.int64) * v_head
+        for at in range(whole, total, BLOCK_N):
+            produce_by_address(k_base, k_row, at, patch, patches, prefix, total, k_smem, full_k, empty_k, made, STAGES, PART)
+            produce_by_address(v_base, v_row, at, patch, patches, prefix, total, v_smem, full_v, empty_v, made, STAGES, PART)
+            made += 1
+
+
+@gluon.jit
+def _softmax(logits_MN, max_M, sum_M, scale_log2, left, MASK: gl.constexpr):
+    """Online softmax of one tile: probabilities, the new maximum and sum, and what older sums shrink by.
+
+    ``left`` rows of the record begin with this tile's first; columns from there on do not count.
+    """
+    if MASK:
+        n = gl.arange(0, logits_MN.shape[1], layout=gl.SliceLayout(0, logits_MN.type.layout))
+        logits_MN = gl.where((n < left)[None, :], logits_MN, float("-inf"))
+    new_max_M = gl.maximum(max_M, gl.max(logits_MN, 1))
+    top_M = new_max_M * scale_log2
+    p_MN = gl.exp2(logits_MN * scale_log2 - top_M[:, None])
+    shrink_M = gl.exp2(max_M * scale_log2 - top_M)
+    return p_MN, new_max_M, sum_M * shrink_M + gl.sum(p_MN, 1), shrink_M
+
+
+@gluon.jit
+def _begin_logits(q_smem, k_smem, full_k, used, STAGES: gl.constexpr):
+    """Begins ``q k^T`` for key tile ``used``."""
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    await_use(full_k, used, STAGES)
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
+    return warpgroup_mma(q_smem, k_smem.index(used % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _begin_values(
+    acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, left, scale_log2, STAGES: gl.constexpr, MASK: gl.constexpr
+):
+    """Softmax of the logits of tile ``used``, then begins the product of its probabilities with its values."""
+    layout: gl.constexpr = acc_MD.type.layout
+    await_use(full_v, used, STAGES)
+    p_MN, max_M, sum_M, shrink_M = _softmax(logits_MN, max_M, sum_M, scale_log2, left, MASK)
+    p_MN = gl.convert_layout(p_MN.to(v_smem.dtype), gl.DotOperandLayout(0, layout, 2))
+    acc_MD = acc_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, layout))[:, None]
+    acc_MD = warpgroup_mma(p_MN, v_smem.index(used % STAGES), acc_MD, is_async=True)
+    return acc_MD, max_M, sum_M
+
+
+@gluon.jit
+def _step(acc_MD, logits_MN, max_M, sum_M, q_smem, rings, used, left, scale_log2, STAGES: gl.constexpr, MASK: gl.constexpr):
+    """Tile ``used`` from its logits on, while the logits of the next are computed.
+
+    Three things keep ptxas (12.9 to 13.2) from undoing the overlap; ``tests/test_hopper_compile.py`` looks for it in the
+    machine code. The wait for the values' tile is a loop, over which it moves no product, so the next logits begin before the
+    exponentials. The wait for the products covers the values' product too, which needs the exponentials, so it cannot come
+    before them. And no accumulator is in flight when the loop turns: it would wait after every single product.
+    """
+    k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
+    next_MN = _begin_logits(q_smem, k_smem, full_k, used + 1, STAGES)
+    acc_MD, max_M, sum_M = _begin_values(acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, left, scale_log2, STAGES, MASK)
+    acc_MD, next_MN = warpgroup_mma_wait(0, deps=(acc_MD, next_MN))
+    complete_use(empty_k, used + 1, STAGES)
+    complete_use(empty_v, used, STAGES)
+    return acc_MD, next_MN, max_M, sum_M
+
+
+@gluon.jit
+def _consume(tensors, numbers, q_smems, rings, INDEX: gl.constexpr, STAGES: gl.constexpr):
+    """Query rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
+    q, out, lse, tiles, records = tensors
+    q_row, q_head, out_row, out_head, num_rows, num_tiles, num_items, scale_log2, sign = numbers
+    k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    BLOCK_D: gl.constexpr = k_smem.shape[2]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
+    m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
+    q_smem = q_smems.index(INDEX)
+    used = 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        head = (item // num_tiles).to(gl.int64)
+        tile = tiles + 2 * (item % num_tiles)
+        record = records + gl.load(tile) * 8
+        start = gl.load(tile + 1) + INDEX * ROWS
+        q_patch, q_patches = gl.load(record), gl.load(record + 1)
+        q_prefix, q_total = gl.load(record + 2), gl.load(record + 3) + q_patches
+        k_patches = gl.load(record + 5)
+        k_total = gl.load(record + 7) + k_patches
+        whole = k_patches // BLOCK_N
+        last = whole + (k_total - whole * BLOCK_N + BLOCK_N - 1) // BLOCK_N - 1
+
+        i = start + m
+        ok_M = i < q_total
+        rows_M = row_of(i, q_patch, q_patches, q_prefix)
+        pointers = q + head * q_head + rows_M[:, None].to(gl.int64) * q_row + d[None, :]
+        q_smem.store((gl.load(pointers, mask=ok_M[:, None], other=0.0) * sign).to(q_smem.dtype))
+        fence_async_shared()
+
+        acc_MD = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+        max_M = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+        sum_M = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
+        if last >= 0:
+            logits_MN = warpgroup_mma_wait(0, deps=(_begin_logits(q_smem, k_smem, full_k, used, STAGES),))
+            complete_use(empty_k, used, STAGES)
+            unmasked = gl.minimum(whole, last)
+            for step in range(unmasked):
+                acc_MD, logits_MN, max_M, sum_M = _step(
+                    acc_MD, logits_MN, max_M, sum_M, q_smem, rings, used + step, 0, scale_log2, STAGES, False
+                )
+            for step in range(unmasked, last):
+                left = k_total - step * BLOCK_N
+                acc_MD, logits_MN, max_M, sum_M = _step(
+                    acc_MD, logits_MN, max_M, sum_M, q_smem, rings, used + step, left, scale_log2, STAGES, True
+                )
+            used += last
+            left = k_total - last * BLOCK_N
+            acc_MD, max_M, sum_M = _begin_values(
+                acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, left, scale_log2, STAGES, True
+            )
+            acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))
+            complete_use(empty_v, used, STAGES)
+            used += 1
+        else:  # rows outside every segment
+            sum_M += 1.0
+            max_M = gl.zeros_like(max_M)
+
+        lse_M = gl.convert_layout((max_M * scale_log2 + gl.log2(sum_M)) * LN_2, gl.SliceLayout(1, row_layout))
+        gl.store(lse + head * num_rows + rows_M, lse_M, mask=ok_M)
+        acc_MD = acc_MD / gl.convert_layout(sum_M, gl.SliceLayout(1, o_layout))[:, None]
+        pointers = out + head * out_head + rows_M[:, None].to(gl.int64) * out_row + d[None, :]
+        gl.store(pointers, gl.convert_layout(acc_MD.to(q_smem.dtype), row_layout), mask=ok_M[:, None])
+
+
+@gluon.jit(do_not_specialize=["num_rows", "num_tiles", "num_items"])  # they change with every batch
+def attention_forward(
+    k_desc, v_desc, q, k, v, out, lse, tiles, records,
+    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, num_rows, num_tiles, num_items, scale_log2, sign,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """``out = softmax(scale q k^T) v`` and ``lse``: items ``program_id, program_id + num_programs, ...``.
+
+    An item is one tile of ``64 CONSUMERS`` query rows of one head. ``scale_log2`` is positive; ``sign`` is the scale's.
+    """
+    dtype: gl.constexpr = k_desc.dtype
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
+    bar_layout: gl.constexpr = mbarrier.MBarrierLayout()
+    q_smems = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], q_layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], v_desc.layout)
+    full_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
+    full_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
+    empty_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
+    empty_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full_k.index(i), count=1)
+        mbarrier.init(full_v.index(i), count=1)
+        mbarrier.init(empty_k.index(i), count=CONSUMERS)
+        mbarrier.init(empty_v.index(i), count=CONSUMERS)
+
+    rings = (k_smem, v_smem, full_k, full_v, empty_k, empty_v)
+    sources = (k_desc, v_desc, k, v, tiles, records)
+    strides = (k_row, k_head, v_row, v_head, num_tiles, num_items)
+    tensors = (q, out, lse, tiles, records)
+    numbers = (q_row, q_head, out_row, out_head, num_rows, num_tiles, num_items, scale_log2, sign)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (tensors, numbers, q_smems, rings, 0, STAGES)),
+                (_consume, (tensors, numbers, q_smems, rings, 1, STAGES)),
+                (_produce, (sources, rings, strides, STAGES, PART)),
+            ],
+            [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.static_assert(CONSUMERS == 3)
+        gl.warp_specialize(
+            [
+                (_consume, (tensors, numbers, q_smems, rings, 0, STAGES)),
+                (_consume, (tensors, numbers, q_smems, rings, 1, STAGES)),
+                (_consume, (tensors, numbers, q_smems, rings, 2, STAGES)),
+                (_produce, (sources, rings, strides, STAGES, PART)),
+            ],
+            [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip

@@ -1,0 +1,79 @@
+"""What the Hopper kernels share: row addresses, the barriers of a ring of tiles, and a tile loaded by address.
+
+A ring has ``full`` and ``empty`` barriers, one of each for every stage. A counter gives stage and parity: use ``i`` of a ring
+of ``n`` stages is stage ``i % n``, round ``i // n``. What Gluon renamed between triton 3.6 and 3.9 has one name here.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def row_of(i, patch, patches, prefix):
+    """Row of the packed buffer at position ``i`` of a record's virtual sequence."""
+    return gl.where(i < patches, patch + i, prefix + (i - patches))
+
+
+@gluon.jit
+def stage_of(bars, i, STAGES: gl.constexpr):
+    """The barrier of use ``i``, and the parity of the phase that use completes."""
+    return bars.index(i % STAGES), (i // STAGES) & 1
+
+
+@gluon.jit
+def await_use(bars, i, STAGES: gl.constexpr):
+    """Waits until use ``i`` has been completed."""
+    bar, parity = stage_of(bars, i, STAGES)
+    mbarrier.wait(bar, parity)
+
+
+@gluon.jit
+def await_round_before(bars, i, STAGES: gl.constexpr):
+    """Waits until the use of the same stage one round before ``i`` has been completed; in the first round there is none."""
+    bar, parity = stage_of(bars, i, STAGES)
+    mbarrier.wait(bar, parity ^ 1)
+
+
+@gluon.jit
+def complete_use(bars, i, STAGES: gl.constexpr):
+    """Arrives for use ``i``."""
+    bar, _ = stage_of(bars, i, STAGES)
+    mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def produce_by_tma(desc, row, column, smem, full, empty, i, STAGES: gl.constexpr):
+    """Begins loading use ``i``: the tile of consecutive rows at ``row``, columns from ``column`` on."""
+    await_round_before(empty, i, STAGES)
+    bar, _ = stage_of(full, i, STAGES)
+    mbarrier.expect(bar, desc.block_type.nbytes)
+    tma_load(desc, [row, column], bar, smem.index(i % STAGES))
+
+
+@gluon.jit
+def produce_by_address(
+    base, row_stride, at, patch, patches, prefix, total, smem, full, empty, i, STAGES: gl.constexpr, PART: gl.constexpr
+):
+    """Loads use ``i``: positions ``at`` and on of a record's rows, zeros from ``total`` on.
+
+    ``PART`` rows at a time, so that few registers hold them on their way. Zeros, because what lies beyond the record in memory
+    may be NaN, and a probability of 0 times NaN is NaN.
+    """
+    ROWS: gl.constexpr = smem.shape[1]
+    BLOCK_D: gl.constexpr = smem.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    n = gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
+    tile = smem.index(i % STAGES)
+    await_round_before(empty, i, STAGES)
+    for part in gl.static_range(ROWS // PART):
+        position = at + part * PART + n
+        rows = row_of(position, patch, patches, prefix)
+        pointers = base + rows[:, None].to(gl.int64) * row_stride + d[None, :]
+        values = gl.load(pointers, mask=(position < total)[:, None], other=0.0)
+        tile.slice(part * PART, PART).store(values)
+    fence_async_shared()
+    complete_use(full, i, STAGES)
