@@ -15,36 +15,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .ring import await_use, complete_use, produce_by_address, produce_by_tma, row_of
+from .ring import await_use, complete_use, load_rows, produce, row_of, store_rows
 
 LN_2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # query rows of a consumer: what one warpgroup product takes
-
-
-@gluon.jit
-def _produce(sources, rings, numbers, STAGES: gl.constexpr, PART: gl.constexpr):
-    """Key and value tiles of every item of this program, in order."""
-    k_desc, v_desc, k, v, tiles, records = sources
-    k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
-    k_row, k_head, v_row, v_head, num_tiles, num_items = numbers
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
-    made = 0
-    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        head = item // num_tiles
-        record = records + gl.load(tiles + 2 * (item % num_tiles)) * 8
-        patch, patches = gl.load(record + 4), gl.load(record + 5)
-        prefix, total = gl.load(record + 6), gl.load(record + 7) + patches
-        whole = (patches // BLOCK_N) * BLOCK_N
-        for at in range(0, whole, BLOCK_N):
-            produce_by_tma(k_desc, patch + at, head * k_head, k_smem, full_k, empty_k, made, STAGES)
-            produce_by_tma(v_desc, patch + at, head * v_head, v_smem, full_v, empty_v, made, STAGES)
-            made += 1
-        k_base = k + head.to(gl.int64) * k_head
-        v_base = v + head.to(gl.int64) * v_head
-        for at in range(whole, total, BLOCK_N):
-            produce_by_address(k_base, k_row, at, patch, patches, prefix, total, k_smem, full_k, empty_k, made, STAGES, PART)
-            produce_by_address(v_base, v_row, at, patch, patches, prefix, total, v_smem, full_v, empty_v, made, STAGES, PART)
-            made += 1
 
 
 @gluon.jit
@@ -135,8 +109,8 @@ def _consume(tensors, numbers, q_smems, rings, INDEX: gl.constexpr, STAGES: gl.c
         i = start + m
         ok_M = i < q_total
         rows_M = row_of(i, q_patch, q_patches, q_prefix)
-        pointers = q + head * q_head + rows_M[:, None].to(gl.int64) * q_row + d[None, :]
-        q_smem.store((gl.load(pointers, mask=ok_M[:, None], other=0.0) * sign).to(q_smem.dtype))
+        q_MD = load_rows(q + head * q_head, rows_M, q_row, d, ok_M)
+        q_smem.store((q_MD * sign).to(q_smem.dtype))
         fence_async_shared()
 
         acc_MD = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
@@ -170,8 +144,7 @@ def _consume(tensors, numbers, q_smems, rings, INDEX: gl.constexpr, STAGES: gl.c
         lse_M = gl.convert_layout((max_M * scale_log2 + gl.log2(sum_M)) * LN_2, gl.SliceLayout(1, row_layout))
         gl.store(lse + head * num_rows + rows_M, lse_M, mask=ok_M)
         acc_MD = acc_MD / gl.convert_layout(sum_M, gl.SliceLayout(1, o_layout))[:, None]
-        pointers = out + head * out_head + rows_M[:, None].to(gl.int64) * out_row + d[None, :]
-        gl.store(pointers, gl.convert_layout(acc_MD.to(q_smem.dtype), row_layout), mask=ok_M[:, None])
+        store_rows(out + head * out_head, rows_M, out_row, d, ok_M, gl.convert_layout(acc_MD.to(q_smem.dtype), row_layout))
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_tiles", "num_items"])  # they change with every batch
@@ -211,7 +184,7 @@ def attention_forward(
             [
                 (_consume, (tensors, numbers, q_smems, rings, 0, STAGES)),
                 (_consume, (tensors, numbers, q_smems, rings, 1, STAGES)),
-                (_produce, (sources, rings, strides, STAGES, PART)),
+                (produce, (sources, rings, strides, STAGES, PART)),
             ],
             [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
@@ -222,7 +195,7 @@ def attention_forward(
                 (_consume, (tensors, numbers, q_smems, rings, 0, STAGES)),
                 (_consume, (tensors, numbers, q_smems, rings, 1, STAGES)),
                 (_consume, (tensors, numbers, q_smems, rings, 2, STAGES)),
-                (_produce, (sources, rings, strides, STAGES, PART)),
+                (produce, (sources, rings, strides, STAGES, PART)),
             ],
             [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip

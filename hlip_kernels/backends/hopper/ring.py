@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: row addresses, the barriers of a ring of tiles, and a tile loaded by address.
+"""What the Hopper kernels share: row addresses, the barriers of a ring of tiles, and the producer that fills two rings.
 
 A ring has ``full`` and ``empty`` barriers, one of each for every stage. A counter gives stage and parity: use ``i`` of a ring
 of ``n`` stages is stage ``i % n``, round ``i // n``. What Gluon renamed between triton 3.6 and 3.9 has one name here.
@@ -15,6 +15,17 @@ tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 def row_of(i, patch, patches, prefix):
     """Row of the packed buffer at position ``i`` of a record's virtual sequence."""
     return gl.where(i < patches, patch + i, prefix + (i - patches))
+
+
+@gluon.jit
+def load_rows(base, rows, row_stride, d, ok):
+    """Rows of one head, zeros where not ``ok``. 64-bit row addresses."""
+    return gl.load(base + rows[:, None].to(gl.int64) * row_stride + d[None, :], mask=ok[:, None], other=0.0)
+
+
+@gluon.jit
+def store_rows(base, rows, row_stride, d, ok, values):
+    gl.store(base + rows[:, None].to(gl.int64) * row_stride + d[None, :], values, mask=ok[:, None])
 
 
 @gluon.jit
@@ -72,8 +83,35 @@ def produce_by_address(
     for part in gl.static_range(ROWS // PART):
         position = at + part * PART + n
         rows = row_of(position, patch, patches, prefix)
-        pointers = base + rows[:, None].to(gl.int64) * row_stride + d[None, :]
-        values = gl.load(pointers, mask=(position < total)[:, None], other=0.0)
-        tile.slice(part * PART, PART).store(values)
+        tile.slice(part * PART, PART).store(load_rows(base, rows, row_stride, d, position < total))
     fence_async_shared()
     complete_use(full, i, STAGES)
+
+
+@gluon.jit
+def produce(sources, rings, numbers, STAGES: gl.constexpr, PART: gl.constexpr):
+    """Tiles of two tensors, ``a`` and ``b``, for every item of this program: the rows that the item's record lists last.
+
+    Forward and dQ go over keys and values, dK and dV over queries and the gradient of the output.
+    """
+    a_desc, b_desc, a, b, tiles, records = sources
+    a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
+    a_row, a_head, b_row, b_head, num_tiles, num_items = numbers
+    BLOCK: gl.constexpr = a_smem.shape[1]
+    made = 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        head = item // num_tiles
+        record = records + gl.load(tiles + 2 * (item % num_tiles)) * 8
+        patch, patches = gl.load(record + 4), gl.load(record + 5)
+        prefix, total = gl.load(record + 6), gl.load(record + 7) + patches
+        whole = (patches // BLOCK) * BLOCK
+        for at in range(0, whole, BLOCK):
+            produce_by_tma(a_desc, patch + at, head * a_head, a_smem, full_a, empty_a, made, STAGES)
+            produce_by_tma(b_desc, patch + at, head * b_head, b_smem, full_b, empty_b, made, STAGES)
+            made += 1
+        a_base = a + head.to(gl.int64) * a_head
+        b_base = b + head.to(gl.int64) * b_head
+        for at in range(whole, total, BLOCK):
+            produce_by_address(a_base, a_row, at, patch, patches, prefix, total, a_smem, full_a, empty_a, made, STAGES, PART)
+            produce_by_address(b_base, b_row, at, patch, patches, prefix, total, b_smem, full_b, empty_b, made, STAGES, PART)
+            made += 1
