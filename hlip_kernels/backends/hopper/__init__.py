@@ -1,6 +1,7 @@
 """The Hopper backend: Gluon kernels for long segments on sm_90, launched over the tiles of a plan.
 
-Forward is :mod:`.forward`; backward is the Triton backend's. Importing this module never imports triton.
+Where a head dim has no backward kernels (see :mod:`.config`), the Triton backend's are used. Importing this module never imports
+triton.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from .. import triton as triton_backend
 from ..base import Backend, Query, Support
-from .config import DTYPES, FORWARD, HEAD_DIMS, Config
+from .config import BACKWARD_DKDV, BACKWARD_DQ, DTYPES, FORWARD, HEAD_DIMS, Config
 
 _LOG2_E = math.log2(math.e)
 _TINY = 1e-30  # a scale of 0 would make the -inf of masked logits NaN; logits this small are 0 after rounding
@@ -75,34 +76,74 @@ class HopperBackend(Backend):
         return out, lse
 
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
-        return self.triton.backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics)
+        num_rows, heads, head_dim = q.shape
+        if head_dim not in BACKWARD_DQ:
+            return self.triton.backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics)
+        q, k, v, grad_out = map(_loadable, (q, k, v, grad_out))
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        delta = torch.empty_like(lse)
+        has_grad_lse = grad_lse is not None
+        if not has_grad_lse:
+            grad_lse = lse  # never read
+
+        config = BACKWARD_DQ[head_dim]
+        tiles, records = plan.tiles(config.rows, q.device)
+        items = len(tiles) * heads
+        if items:
+            self.launch(
+                "attention_backward_dq", config, items, [k, v],
+                q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
+                *_strides(q, k, v, out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *_strides(dq),
+                num_rows, len(tiles), items, scale, scale * _LOG2_E,
+                HAS_GRAD_LSE=has_grad_lse,
+            )  # fmt: skip
+
+        config = BACKWARD_DKDV[head_dim]
+        tiles, records = plan.tiles(config.rows, q.device, transposed=True)
+        items = len(tiles) * heads
+        if items:
+            self.launch(
+                "attention_backward_dkdv", config, items, [q, grad_out],
+                q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
+                *_strides(q, k, v, grad_out, dk, dv), num_rows, len(tiles), items, scale, scale * _LOG2_E,
+            )  # fmt: skip
+        return dq, dk, dv
 
     triton = triton_backend.TritonBackend()
 
-    def launch(self, name: str, config: Config, items: int, loaded: list[torch.Tensor], *args) -> None:
+    def launch(self, name: str, config: Config, items: int, loaded: list[torch.Tensor], *args, **constants) -> None:
         """Runs kernel ``name`` with a program for each multiprocessor, or for each item if there are fewer.
 
         Args:
             loaded: ``(R, H, D)`` tensors whose tiles of ``config.block`` rows come by TMA.
-            args: the kernel's other arguments, up to its constants.
+            args: the kernel's other arguments, up to its constants. constants: those that are not in the config.
         """
-        from . import forward
+        from . import backward, forward
 
-        device, head_dim = loaded[0].device, loaded[0].shape[-1]
+        kernel = getattr(forward if hasattr(forward, name) else backward, name)
+        device = loaded[0].device
         with torch.cuda.device(device):
-            getattr(forward, name)[(min(items, _multiprocessors(device)),)](
+            kernel[(min(items, _multiprocessors(device)),)](
                 *(_descriptor(t, config.block) for t in loaded),
                 *args,
-                BLOCK_D=head_dim,
-                BLOCK_N=config.block,
-                CONSUMERS=config.consumers,
-                STAGES=config.stages,
-                PART=config.part,
-                CONSUMER_REGISTERS=config.consumer_registers,
-                PRODUCER_REGISTERS=config.producer_registers,
+                **constants,
+                **constants_of(config, loaded[0].shape[-1]),
                 num_warps=4,
                 maxnreg=config.max_registers,
             )
+
+
+def constants_of(config: Config, head_dim: int) -> dict[str, int]:
+    """A kernel's compile-time constants."""
+    return {
+        "BLOCK_D": head_dim,
+        "BLOCK_N": config.block,
+        "CONSUMERS": config.consumers,
+        "STAGES": config.stages,
+        "PART": config.part,
+        "CONSUMER_REGISTERS": config.consumer_registers,
+        "PRODUCER_REGISTERS": config.producer_registers,
+    }
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:

@@ -46,4 +46,12 @@ FORWARD = {
     64: Config(consumers=3, block=64, stages=4, part=16, consumer_registers=152, producer_registers=56),
     128: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=224, producer_registers=56),
 }
+# Head dim 128 has no room for two accumulators and two sets of logits: Triton's kernels are used there.
+BACKWARD_DQ = {
+    64: Config(consumers=3, block=64, stages=4, part=16, consumer_registers=152, producer_registers=56),
+}
+BACKWARD_DKDV = {
+    64: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=224, producer_registers=56),
+}
+KERNELS = {"attention_forward": FORWARD, "attention_backward_dq": BACKWARD_DQ, "attention_backward_dkdv": BACKWARD_DKDV}
 HEAD_DIMS = tuple(FORWARD)
