@@ -1,6 +1,6 @@
 """The Hopper backend: Gluon kernels for long segments on sm_90, launched over the tiles of a plan.
 
-Where a head dim has no backward kernels (see :mod:`.config`), the Triton backend's are used. Importing this module never imports
+Where a head dim has no backward kernels (:mod:`.config` says), the Triton backend runs them. Importing this never imports
 triton.
 """
 
