@@ -70,7 +70,7 @@ class HopperBackend(Backend):
             self.launch(
                 "attention_forward", config, items, [k, v],
                 q, k, v, out, lse, tiles, records,
-                *_strides(q, k, v, out), num_rows, len(tiles), items,
+                *_strides(q, k, v, out), num_rows, heads, items,
                 max(abs(scale) * _LOG2_E, _TINY), -1.0 if scale < 0 else 1.0,
             )  # fmt: skip
         return out, lse
@@ -94,7 +94,7 @@ class HopperBackend(Backend):
                 "attention_backward_dq", config, items, [k, v],
                 q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
                 *_strides(q, k, v, out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *_strides(dq),
-                num_rows, len(tiles), items, scale, scale * _LOG2_E,
+                num_rows, heads, items, scale, scale * _LOG2_E,
                 HAS_GRAD_LSE=has_grad_lse,
             )  # fmt: skip
 
@@ -105,7 +105,7 @@ class HopperBackend(Backend):
             self.launch(
                 "attention_backward_dkdv", config, items, [q, grad_out],
                 q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
-                *_strides(q, k, v, grad_out, dk, dv), num_rows, len(tiles), items, scale, scale * _LOG2_E,
+                *_strides(q, k, v, grad_out, dk, dv), num_rows, heads, items, scale, scale * _LOG2_E,
             )  # fmt: skip
         return dq, dk, dv
 

@@ -70,7 +70,7 @@ def _consume_dq(
     q, out, grad_out, lse, grad_lse, dq, delta, tiles, records = tensors
     (
         q_row, q_head, out_row, out_head, do_row, do_head, dlse_head, dlse_row, dq_row, dq_head,
-        num_rows, num_tiles, num_items, scale, scale_log2,
+        num_rows, heads, num_items, scale, scale_log2,
     ) = numbers  # fmt: skip
     k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
     BLOCK_N: gl.constexpr = k_smem.shape[1]
@@ -83,8 +83,8 @@ def _consume_dq(
     q_smem, do_smem = q_smems.index(INDEX), do_smems.index(INDEX)
     used = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        head = (item // num_tiles).to(gl.int64)
-        tile = tiles + 2 * (item % num_tiles)
+        head = (item % heads).to(gl.int64)
+        tile = tiles + 2 * (item // heads)
         record = records + gl.load(tile) * 8
         start = gl.load(tile + 1) + INDEX * ROWS
         q_patch, q_patches = gl.load(record), gl.load(record + 1)
@@ -132,11 +132,11 @@ def _consume_dq(
         store_rows(dq + head * dq_head, rows_M, dq_row, d, ok_M, values)
 
 
-@gluon.jit(do_not_specialize=["dlse_head", "num_rows", "num_tiles", "num_items"])  # they change with every batch
+@gluon.jit(do_not_specialize=["dlse_head", "num_rows", "heads", "num_items"])  # they change with every batch
 def attention_backward_dq(
     k_desc, v_desc, q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, do_row, do_head, dlse_head, dlse_row, dq_row, dq_head,
-    num_rows, num_tiles, num_items, scale, scale_log2,
+    num_rows, heads, num_items, scale, scale_log2,
     HAS_GRAD_LSE: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -161,11 +161,11 @@ def attention_backward_dq(
 
     rings = (k_smem, v_smem, full_k, full_v, empty_k, empty_v)
     sources = (k_desc, v_desc, k, v, tiles, records)
-    strides = (k_row, k_head, v_row, v_head, num_tiles, num_items)
+    strides = (k_row, k_head, v_row, v_head, heads, num_items)
     tensors = (q, out, grad_out, lse, grad_lse, dq, delta, tiles, records)
     numbers = (
         q_row, q_head, out_row, out_head, do_row, do_head, dlse_head, dlse_row, dq_row, dq_head,
-        num_rows, num_tiles, num_items, scale, scale_log2,
+        num_rows, heads, num_items, scale, scale_log2,
     )  # fmt: skip
     gl.static_assert(CONSUMERS == 3)
     gl.warp_specialize(
@@ -217,7 +217,7 @@ def _dkdv_step(
 def _consume_dkdv(tensors, numbers, k_smems, v_smems, rings, INDEX: gl.constexpr, STAGES: gl.constexpr):
     """dK and dV of key rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
     k, v, lse, delta, dk, dv, tiles, records = tensors
-    k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, num_rows, num_tiles, num_items, scale, scale_log2 = numbers
+    k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, num_rows, heads, num_items, scale, scale_log2 = numbers
     q_smem, do_smem, full_q, full_do, empty_q, empty_do = rings
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_D: gl.constexpr = q_smem.shape[2]
@@ -230,8 +230,8 @@ def _consume_dkdv(tensors, numbers, k_smems, v_smems, rings, INDEX: gl.constexpr
     k_smem, v_smem = k_smems.index(INDEX), v_smems.index(INDEX)
     used = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        head = (item // num_tiles).to(gl.int64)
-        tile = tiles + 2 * (item % num_tiles)
+        head = (item % heads).to(gl.int64)
+        tile = tiles + 2 * (item // heads)
         record = records + gl.load(tile) * 8
         start = gl.load(tile + 1) + INDEX * ROWS
         k_patch, k_patches = gl.load(record), gl.load(record + 1)
@@ -270,11 +270,11 @@ def _consume_dkdv(tensors, numbers, k_smems, v_smems, rings, INDEX: gl.constexpr
         store_rows(dv + head * dv_head, rows_N, dv_row, d, ok_N, dv_values)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "num_tiles", "num_items"])  # they change with every batch
+@gluon.jit(do_not_specialize=["num_rows", "heads", "num_items"])  # they change with every batch
 def attention_backward_dkdv(
     q_desc, do_desc, q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, dk_row, dk_head, dv_row, dv_head,
-    num_rows, num_tiles, num_items, scale, scale_log2,
+    num_rows, heads, num_items, scale, scale_log2,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -301,10 +301,10 @@ def attention_backward_dkdv(
 
     rings = (q_smem, do_smem, full_q, full_do, empty_q, empty_do)
     sources = (q_desc, do_desc, q, grad_out, tiles, records)
-    strides = (q_row, q_head, do_row, do_head, num_tiles, num_items)
+    strides = (q_row, q_head, do_row, do_head, heads, num_items)
     tensors = (k, v, lse, delta, dk, dv, tiles, records)
     numbers = (
-        k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, num_rows, num_tiles, num_items, scale, scale_log2,
+        k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, num_rows, heads, num_items, scale, scale_log2,
     )  # fmt: skip
     gl.static_assert(CONSUMERS == 2)
     gl.warp_specialize(

@@ -96,12 +96,12 @@ def produce(sources, rings, numbers, STAGES: gl.constexpr, PART: gl.constexpr):
     """
     a_desc, b_desc, a, b, tiles, records = sources
     a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
-    a_row, a_head, b_row, b_head, num_tiles, num_items = numbers
+    a_row, a_head, b_row, b_head, heads, num_items = numbers
     BLOCK: gl.constexpr = a_smem.shape[1]
     made = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        head = item // num_tiles
-        record = records + gl.load(tiles + 2 * (item % num_tiles)) * 8
+        head = item % heads
+        record = records + gl.load(tiles + 2 * (item // heads)) * 8
         patch, patches = gl.load(record + 4), gl.load(record + 5)
         prefix, total = gl.load(record + 6), gl.load(record + 7) + patches
         whole = (patches // BLOCK) * BLOCK
