@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hlip_kernels import backends, measure_auto
+from hlip_kernels import backends, measure_auto, predict_auto
 from hlip_kernels.backends import BACKENDS, Query, auto, choose, decide
 
 CPU = Query("cpu", None, torch.float32, 64, longest=100)
@@ -42,11 +42,74 @@ def test_the_shipped_table_says_what_each_line_rests_on():
             assert "predicted" in line.evidence  # until a GPU has been measured
 
 
+def test_the_shipped_lines_for_short_segments_are_what_the_models_say():
+    shipped = tuple(line for line in auto.SHIPPED if line.backend == "cuda")
+    assert shipped == predict_auto.lines(), "python -m hlip_kernels.predict_auto prints what auto.SHIPPED should hold"
+
+
+def test_a_line_of_the_models_ends_where_one_of_the_cards_falls_behind(monkeypatch):
+    made_up = {"H100": {16: 0.5, 32: 0.7, 48: 0.9, 64: 0.99}, "H200": {16: 0.6, 32: 0.8, 48: 1.0, 64: 1.01, 80: 0.4}}
+    serial = {16: 0.9, 32: 1.5, 48: 0.7}  # ahead again at 48, which does not count
+
+    def ratios(gpu, head_dim, length):
+        return made_up[gpu].get(length, 0.5), serial.get(length, 0.1)
+
+    monkeypatch.setattr(predict_auto, "ratios", ratios)
+    assert predict_auto.numbers("hopper", 64) == (48, 1.0, 0.7, 16)
+    monkeypatch.setattr(predict_auto, "max_rows", lambda head_dim, capability: 47)
+    assert predict_auto.numbers("hopper", 64) == (32, 0.8, 1.5, 16)  # what the kernels can hold
+    made_up["H200"][16] = 1.2
+    assert predict_auto.numbers("hopper", 64) is None
+
+
+def test_ratios_are_those_of_the_models():
+    from hlip_kernels import Layout
+    from hlip_kernels.performance import RATES, predict
+    from hlip_kernels.performance_short import predict_short
+
+    layout = Layout.from_lengths([64] * (predict_auto.ROWS // 64), levels=("a",))
+    kind = {"heads": predict_auto.HEADS, "head_dim": 96, "dtype": torch.bfloat16, "rates": RATES["H200"]}
+    times = [
+        sum(getattr(model(layout, "a", backward=backward, **kind), bound) for backward in (False, True))
+        for bound in ("overlapped", "serial")
+        for model in (predict_short, predict)
+    ]
+    assert predict_auto.ratios("H200", 96, 64) == pytest.approx((times[0] / times[1], times[2] / times[3]))
+
+
+@pytest.mark.parametrize(
+    "capability, family",
+    [((8, 0), "ampere"), ((8, 9), "ampere"), ((9, 0), "hopper"), ((10, 3), "blackwell"), ((11, 0), "blackwell"),
+     ((12, 1), "ampere"), (None, "amd"), ((14, 0), None)],
+)  # fmt: skip
+def test_families(monkeypatch, capability, family):
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(BACKENDS, name, Can())
+    query = Query("cuda", capability, torch.float16, 80, longest=16)
+    assert auto.family_of(query) == family
+    assert auto.family_of(Query("cpu", capability, torch.float16, 80)) is None
+    line = decide(query)
+    assert line.family == family and line.backend == ("triton" if family in ("amd", None) else "cuda")
+    assert auto.Choice("cuda", "x", "y", family="hopper").applies(query) == (family == "hopper")
+
+
+def test_dtype_groups_and_head_dims(monkeypatch):
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(BACKENDS, name, Can())
+    chosen = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for head_dim in (64, 72):
+            chosen[dtype, head_dim] = decide(Query("cuda", (8, 0), dtype, head_dim, longest=100)).backend
+    assert [case for case, backend in chosen.items() if backend == "cuda"] == [(torch.float16, 64), (torch.bfloat16, 64)]
+
+
 def test_length_decides(monkeypatch):
     for name in ("cuda", "triton"):
         monkeypatch.setitem(BACKENDS, name, Can(272 if name == "cuda" else None))
     chosen = [decide(Query("cuda", (9, 0), torch.bfloat16, 64, longest=n)).backend for n in (1, 128, 129, 9000)]
     assert chosen == ["cuda", "cuda", "triton", "triton"]
+    chosen = [decide(Query("cuda", (10, 0), torch.bfloat16, 64, longest=n)).backend for n in (112, 113)]
+    assert chosen == ["cuda", "triton"]
     # Without a known length nothing says that segments are short.
     assert decide(Query("cuda", (9, 0), torch.bfloat16, 64)).backend == "triton"
 
@@ -74,10 +137,23 @@ def test_the_users_lines_come_first_and_only_where_they_apply(own):
 
 
 def test_a_table_survives_writing_and_reading(own):
-    lines = (auto.Choice("cuda", "cuda", "a", (9, 0), "bfloat16", 64, 128), auto.Choice("cpu", "sdpa", "b"))
+    lines = (
+        auto.Choice("cuda", "cuda", "a", (9, 0), "bfloat16", 64, 128),
+        auto.Choice("cpu", "sdpa", "b"),
+        auto.Choice("cuda", "triton", "c", dtype="16-bit", family="hopper"),
+    )
     auto.write(list(lines), own)
-    assert auto.read(own) == lines and auto.table()[:2] == lines
+    assert auto.read(own) == lines and auto.table()[:3] == lines
     assert [p.name for p in own.parent.iterdir()] == ["auto.json"]
+
+
+def test_a_table_written_before_there_were_families_is_still_read(own):
+    own.parent.mkdir()
+    own.write_text("""{"version": 1, "lines": [{"device_type": "cuda", "backend": "triton", "evidence": "measured on X",
+        "capability": [9, 0], "dtype": "bfloat16", "head_dim": 64, "longest": 32}]}""")
+    assert auto.table()[0] == auto.Choice("cuda", "triton", "measured on X", (9, 0), "bfloat16", 64, 32)
+    auto.write(list(auto.read(own)), own)
+    assert "family" not in own.read_text()  # so that an older version reads what a newer one measured
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2, "lines": []}', '{"version": 1, "lines": [{"backend": 1}]}',

@@ -1,7 +1,8 @@
 """What ``backend="auto"`` chooses: a shipped table, and before it one measured on the user's own machine, if there is one.
 
 ``python -m hlip_kernels.measure_auto`` measures and writes the user's table. Both are lists of lines; the first that applies
-and whose backend can run the query is taken.
+and whose backend can run the query is taken. What the shipped lines for short segments say comes from the performance models
+(``python -m hlip_kernels.predict_auto``) until somebody has measured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,22 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from .base import Query
+
+# The families that lines are about, as major compute capabilities; "amd" is what reports none. They are those of the Triton
+# kernels' tile sizes, except that Blackwell with tensor memory stands apart. sm_120 has none: its matrix products and its 99 KB
+# of shared memory are those of sm_86 and sm_89.
+FAMILIES = {"ampere": (8, 12), "hopper": (9,), "blackwell": (10, 11), "amd": (None,)}
+_FAMILY_OF = {major: family for family, majors in FAMILIES.items() for major in majors}
+
+
+@cache
+def _names_of(dtype: torch.dtype) -> tuple[str, ...]:
+    """What a line may call a dtype."""
+    name = str(dtype).removeprefix("torch.")
+    return (name, "16-bit") if name in ("float16", "bfloat16") else (name,)
 
 
 @dataclass(frozen=True)
@@ -22,8 +38,10 @@ class Choice:
 
     Attributes:
         device_type: ``"cpu"``, ``"cuda"``. backend: what the line proposes. evidence: what it rests on.
-        capability: only on GPUs of this compute capability. dtype: only for it (``"bfloat16"``). head_dim: only for it.
+        capability: only on GPUs of this compute capability.
+        dtype: only for it (``"bfloat16"``); ``"16-bit"`` is float16 and bfloat16. head_dim: only for it.
         longest: only for patterns whose longest segment has at most so many rows.
+        family: only on GPUs of this one of :data:`FAMILIES`.
     """
 
     device_type: str
@@ -33,27 +51,77 @@ class Choice:
     dtype: str | None = None
     head_dim: int | None = None
     longest: int | None = None
+    family: str | None = None
 
     def applies(self, query: Query) -> bool:
+        # Every call of attention asks line by line: what rules out most of them, and costs least, comes first.
         return (
             self.device_type == query.device_type
-            and self.capability in (None, query.capability)
-            and self.dtype in (None, str(query.dtype).removeprefix("torch."))
-            and self.head_dim in (None, query.head_dim)
             and (self.longest is None or (query.longest is not None and query.longest <= self.longest))
+            and self.head_dim in (None, query.head_dim)
+            and self.capability in (None, query.capability)
+            and self.family in (None, family_of(query))
+            and (self.dtype is None or self.dtype in _names_of(query.dtype))
         )
 
     def __str__(self) -> str:
-        where = self.device_type if self.capability is None else "sm_" + "".join(map(str, self.capability))
+        where = self.family or self.device_type
+        if self.capability is not None:
+            where = "sm_" + "".join(map(str, self.capability))
         what = ", ".join(filter(None, [self.dtype, self.head_dim and f"head dim {self.head_dim}"])) or "any dtype and head dim"
         rows = "any length" if self.longest is None else f"up to {self.longest} rows"
         return f"{where}, {what}, {rows}: {self.backend} ({self.evidence})"
 
 
+def family_of(query: Query) -> str | None:
+    """Which of :data:`FAMILIES` the GPU of a query is of; ``None`` on other devices and for capabilities not listed."""
+    if query.device_type != "cuda":
+        return None
+    return _FAMILY_OF.get(query.capability and query.capability[0])
+
+
+# The cards whose data sheets stand for a family in the performance models.
+CARDS = {"ampere": ("A100",), "hopper": ("H100", "H200"), "blackwell": ("B200",)}
+
+
+def short(family: str, head_dim: int, longest: int, overlapped: float, serial: float, sure: int) -> Choice:
+    """A line for the short-segment kernels, and the prediction it rests on.
+
+    Args:
+        longest: up to so many rows they are ahead of Triton if everything overlaps. sure: up to so many even if nothing does.
+        overlapped, serial: their time over Triton's at ``longest`` rows, forward and backward together, in these two cases.
+    """
+    evidence = (
+        f"predicted for {' and '.join(CARDS[family])}: {overlapped:.2f} of Triton's time at {longest} rows if all overlaps, "
+        f"{serial:.2f} if nothing does (ahead in both up to {sure}); not yet run on a GPU"
+    )
+    return Choice("cuda", "cuda", evidence, dtype="16-bit", head_dim=head_dim, longest=longest, family=family)
+
+
 SHIPPED = (
-    Choice("cuda", "cuda", "predicted, docs/short_segments.md; not yet run on a GPU", longest=128),
-    Choice("cuda", "triton", "predicted, docs/performance.md; not yet run on a GPU"),
-    Choice("cuda", "sdpa", "what torch has where triton is not"),
+    # python -m hlip_kernels.predict_auto prints these lines; tests/test_auto.py compares.
+    # family, head dim, up to, overlapped, serial, ahead in both up to
+    short("ampere", 32, 128, 0.75, 2.16, 48),
+    short("ampere", 64, 128, 0.75, 2.11, 32),
+    short("ampere", 80, 128, 0.75, 1.93, 16),
+    short("ampere", 96, 128, 0.75, 1.98, 16),
+    short("ampere", 128, 128, 0.75, 1.91, 16),
+    short("hopper", 32, 128, 0.82, 2.52, 32),
+    short("hopper", 64, 128, 0.83, 2.44, 16),
+    short("hopper", 80, 128, 0.83, 2.37, 16),
+    short("hopper", 96, 128, 0.83, 2.32, 16),
+    short("hopper", 128, 128, 0.83, 2.25, 16),
+    short("blackwell", 32, 112, 0.97, 1.94, 48),
+    short("blackwell", 64, 112, 0.99, 2.48, 32),
+    short("blackwell", 80, 112, 0.99, 2.4, 16),
+    short("blackwell", 96, 112, 1.0, 2.41, 16),
+    short("blackwell", 128, 112, 1.0, 2.33, 16),
+    Choice("cuda", "triton", "predicted, benchmarks.predict --gpu A100; not yet run on a GPU", family="ampere"),
+    Choice("cuda", "triton", "predicted, docs/performance.md; not yet run on a GPU", family="hopper"),
+    Choice("cuda", "triton", "predicted, benchmarks.predict --gpu B200; not yet run on a GPU", family="blackwell"),
+    Choice("cuda", "triton", "compiled for gfx942, nothing predicted; not yet run on a GPU", family="amd"),
+    Choice("cuda", "triton", "nothing predicted for this GPU, which nobody has listed"),
+    Choice("cuda", "sdpa", "what torch has where triton is not, or for float64"),
     Choice("cpu", "sdpa", "measured, docs/benchmarks.md"),
 )
 
@@ -70,7 +138,9 @@ def write(lines: list[Choice], path: Path) -> None:
     """Keeps a table, in one step, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.part")
-    beside.write_text(json.dumps({"version": 1, "lines": [asdict(line) for line in lines]}, indent=1) + "\n")
+    # Without a family a line is what it was before lines had one, and older versions read it too.
+    written = [{name: value for name, value in asdict(line).items() if name != "family" or value} for line in lines]
+    beside.write_text(json.dumps({"version": 1, "lines": written}, indent=1) + "\n")
     beside.replace(path)
     table.cache_clear()
 
