@@ -43,7 +43,7 @@ class Config:
 # Three consumers share each tile of keys and values: 192 rows a tile keep what a multiprocessor asks of L2 at 20 bytes a
 # clock if products bind. Tiles of 64 rows leave room for the logits of two tiles, which is what overlaps.
 FORWARD = {
-    64: Config(consumers=3, block=64, stages=4, part=16, consumer_registers=152, producer_registers=56),
+    64: Config(consumers=3, block=64, stages=4, part=16, consumer_registers=160, producer_registers=32),
     128: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=224, producer_registers=56),
 }
 # Head dim 128 has no room for two accumulators and two sets of logits: Triton's kernels are used there.

@@ -13,7 +13,7 @@ Shape letters as in the Triton kernels: ``M`` query rows, ``N`` key rows, ``D`` 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .ring import await_use, complete_use, load_rows, produce, row_of, store_rows
 
@@ -38,13 +38,13 @@ def _softmax(logits_MN, max_M, sum_M, scale_log2, left, MASK: gl.constexpr):
 
 
 @gluon.jit
-def _begin_logits(q_smem, k_smem, full_k, used, STAGES: gl.constexpr):
+def _begin_logits(q_MD, k_smem, full_k, used, STAGES: gl.constexpr):
     """Begins ``q k^T`` for key tile ``used``."""
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     await_use(full_k, used, STAGES)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
-    return warpgroup_mma(q_smem, k_smem.index(used % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+    return warpgroup_mma(q_MD, k_smem.index(used % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -62,7 +62,7 @@ def _begin_values(
 
 
 @gluon.jit
-def _step(acc_MD, logits_MN, max_M, sum_M, q_smem, rings, used, left, scale_log2, STAGES: gl.constexpr, MASK: gl.constexpr):
+def _step(acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used, left, scale_log2, STAGES: gl.constexpr, MASK: gl.constexpr):
     """Tile ``used`` from its logits on, while the logits of the next are computed.
 
     Three things keep ptxas (12.9 to 13.2) from undoing the overlap; ``tests/test_hopper_compile.py`` looks for it in the
@@ -71,7 +71,7 @@ def _step(acc_MD, logits_MN, max_M, sum_M, q_smem, rings, used, left, scale_log2
     before them. And no accumulator is in flight when the loop turns: it would wait after every single product.
     """
     k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
-    next_MN = _begin_logits(q_smem, k_smem, full_k, used + 1, STAGES)
+    next_MN = _begin_logits(q_MD, k_smem, full_k, used + 1, STAGES)
     acc_MD, max_M, sum_M = _begin_values(acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, left, scale_log2, STAGES, MASK)
     acc_MD, next_MN = warpgroup_mma_wait(0, deps=(acc_MD, next_MN))
     complete_use(empty_k, used + 1, STAGES)
@@ -80,7 +80,7 @@ def _step(acc_MD, logits_MN, max_M, sum_M, q_smem, rings, used, left, scale_log2
 
 
 @gluon.jit
-def _consume(tensors, numbers, q_smems, rings, INDEX: gl.constexpr, STAGES: gl.constexpr):
+def _consume(tensors, numbers, rings, INDEX: gl.constexpr, STAGES: gl.constexpr):
     """Query rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
     q, out, lse, tiles, records = tensors
     q_row, q_head, out_row, out_head, num_rows, heads, num_items, scale_log2, sign = numbers
@@ -92,7 +92,6 @@ def _consume(tensors, numbers, q_smems, rings, INDEX: gl.constexpr, STAGES: gl.c
     row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
     m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
-    q_smem = q_smems.index(INDEX)
     used = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         head = (item % heads).to(gl.int64)
@@ -109,25 +108,25 @@ def _consume(tensors, numbers, q_smems, rings, INDEX: gl.constexpr, STAGES: gl.c
         i = start + m
         ok_M = i < q_total
         rows_M = row_of(i, q_patch, q_patches, q_prefix)
-        q_MD = load_rows(q + head * q_head, rows_M, q_row, d, ok_M)
-        q_smem.store((q_MD * sign).to(q_smem.dtype))
-        fence_async_shared()
+        # In registers: a product of 64 x 64 with both sides in shared memory asks for all that it can give.
+        q_MD = (load_rows(q + head * q_head, rows_M, q_row, d, ok_M) * sign).to(k_smem.dtype)
+        q_MD = gl.convert_layout(q_MD, gl.DotOperandLayout(0, s_layout, 2))
 
         acc_MD = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
         max_M = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
         sum_M = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
         if last >= 0:
-            logits_MN = warpgroup_mma_wait(0, deps=(_begin_logits(q_smem, k_smem, full_k, used, STAGES),))
+            logits_MN = warpgroup_mma_wait(0, deps=(_begin_logits(q_MD, k_smem, full_k, used, STAGES),))
             complete_use(empty_k, used, STAGES)
             unmasked = gl.minimum(whole, last)
             for step in range(unmasked):
                 acc_MD, logits_MN, max_M, sum_M = _step(
-                    acc_MD, logits_MN, max_M, sum_M, q_smem, rings, used + step, 0, scale_log2, STAGES, False
+                    acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used + step, 0, scale_log2, STAGES, False
                 )
             for step in range(unmasked, last):
                 left = k_total - step * BLOCK_N
                 acc_MD, logits_MN, max_M, sum_M = _step(
-                    acc_MD, logits_MN, max_M, sum_M, q_smem, rings, used + step, left, scale_log2, STAGES, True
+                    acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used + step, left, scale_log2, STAGES, True
                 )
             used += last
             left = k_total - last * BLOCK_N
@@ -144,7 +143,7 @@ def _consume(tensors, numbers, q_smems, rings, INDEX: gl.constexpr, STAGES: gl.c
         lse_M = gl.convert_layout((max_M * scale_log2 + gl.log2(sum_M)) * LN_2, gl.SliceLayout(1, row_layout))
         gl.store(lse + head * num_rows + rows_M, lse_M, mask=ok_M)
         acc_MD = acc_MD / gl.convert_layout(sum_M, gl.SliceLayout(1, o_layout))[:, None]
-        store_rows(out + head * out_head, rows_M, out_row, d, ok_M, gl.convert_layout(acc_MD.to(q_smem.dtype), row_layout))
+        store_rows(out + head * out_head, rows_M, out_row, d, ok_M, gl.convert_layout(acc_MD.to(k_smem.dtype), row_layout))
 
 
 @gluon.jit(do_not_specialize=["num_rows", "heads", "num_items"])  # they change with every batch
@@ -161,9 +160,7 @@ def attention_forward(
     ``scale_log2`` is positive; ``sign`` is the scale's.
     """
     dtype: gl.constexpr = k_desc.dtype
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     bar_layout: gl.constexpr = mbarrier.MBarrierLayout()
-    q_smems = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], q_layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], v_desc.layout)
     full_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
@@ -184,8 +181,8 @@ def attention_forward(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (tensors, numbers, q_smems, rings, 0, STAGES)),
-                (_consume, (tensors, numbers, q_smems, rings, 1, STAGES)),
+                (_consume, (tensors, numbers, rings, 0, STAGES)),
+                (_consume, (tensors, numbers, rings, 1, STAGES)),
                 (produce, (sources, rings, strides, STAGES, PART)),
             ],
             [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -194,9 +191,9 @@ def attention_forward(
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize(
             [
-                (_consume, (tensors, numbers, q_smems, rings, 0, STAGES)),
-                (_consume, (tensors, numbers, q_smems, rings, 1, STAGES)),
-                (_consume, (tensors, numbers, q_smems, rings, 2, STAGES)),
+                (_consume, (tensors, numbers, rings, 0, STAGES)),
+                (_consume, (tensors, numbers, rings, 1, STAGES)),
+                (_consume, (tensors, numbers, rings, 2, STAGES)),
                 (produce, (sources, rings, strides, STAGES, PART)),
             ],
             [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
