@@ -1,0 +1,255 @@
+"""The performance model of the Hopper kernels: what their order of products, exponentials and waits makes of a multiprocessor.
+
+    python -m hlip_kernels.performance_hopper        # every kernel, with other numbers of consumers and rows a tile
+
+A step of a consumer is a short list of actions in the order of its machine code (``tests/test_hopper_compile.py`` holds it to
+that order). The matrix unit takes products one after the other, each as long as its FLOPs or its reads of shared memory take;
+consumers share the exponential and the float32 units evenly; a wait ends when the products it names have. Played out for
+some tens of steps, that gives the clocks in which all consumers do a step: at least what the busiest unit takes.
+
+Not modelled: L2, the issue slots of a scheduler, clocks that fall under load. Latencies are guesses in round numbers. Published
+figures say how far to trust it: flash-attention 3 keeps the same units busy in much the same order, and at head dim 64 measures
+half of what this arithmetic allows (497 of 989 TFLOP/s forward, 474 backward). What it is good for is comparing orders.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from .backends.hopper.config import KERNELS, ROWS, Config
+from .layout import Layout
+from .pattern import K_PATCHES, K_PREFIXES, Plan
+from .performance import LAUNCH, RATES, Rates
+
+PRODUCT_LATENCY, BARRIER = 60, 30  # clocks: from a product's end to its use; of four warps
+SHARED_BYTES = 128  # read or written a clock
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Queues a product of 64 x tile x D. ``shared``: both sides are in shared memory, not the right one alone."""
+
+    name: str
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Keeps this consumer and a share of a unit busy: so many operations for each logit of a tile."""
+
+    unit: str
+    per_logit: float
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Until the named products have ended."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Keeps this consumer, and no unit, busy."""
+
+    clocks: float
+
+
+_FINISH = Pause(PRODUCT_LATENCY + 2 * BARRIER)  # results arrive, two tiles are released
+STEPS = {
+    "attention_forward": (
+        Pause(BARRIER), Begin("next logits"), Compute("floats", 1), Compute("exponentials", 1), Compute("floats", 4),
+        Begin("values"), Wait(("next logits", "values")), _FINISH,
+    ),
+    "attention_backward_dq": (
+        Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)), Pause(PRODUCT_LATENCY),
+        Compute("floats", 1), Compute("exponentials", 1), Wait(("dP",)), Pause(BARRIER), Compute("floats", 3),
+        Begin("dQ"), Wait(("dQ",)), _FINISH,
+    ),
+    "attention_backward_dkdv": (
+        Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)), Pause(PRODUCT_LATENCY),
+        Compute("floats", 1.5), Compute("exponentials", 1), Begin("dV"), Wait(("dP",)), Compute("floats", 3),
+        Begin("dK"), Wait(("dV", "dK")), _FINISH,
+    ),
+}  # fmt: skip
+
+
+def units(kernel: str, config: Config, head_dim: int, rates: Rates) -> dict[str, float]:
+    """Clocks that a step of all consumers takes of each unit."""
+    logits = ROWS * config.block
+    clocks = dict.fromkeys(("matrix", "shared memory", "exponentials", "floats"), 0.0)
+    for action in STEPS[kernel]:
+        if isinstance(action, Begin):
+            clocks["matrix"] += 2.0 * logits * head_dim / rates.matrix[2]
+            clocks["shared memory"] += _reads(action, config.block, head_dim)
+        elif isinstance(action, Compute):
+            rate = rates.exponentials if action.unit == "exponentials" else rates.floats
+            clocks[action.unit] += action.per_logit * logits / rate
+    clocks = {unit: config.consumers * count for unit, count in clocks.items()}
+    clocks["shared memory"] += 2 * config.block * head_dim * 2 / SHARED_BYTES  # the two tiles that come in
+    return clocks
+
+
+def _reads(product: Begin, block: int, head_dim: int) -> float:
+    """Clocks of shared memory for what a product reads."""
+    return (block + (ROWS if product.shared else 0)) * head_dim * 2 / SHARED_BYTES
+
+
+def clocks_per_step(kernel: str, config: Config, head_dim: int, rates: Rates, steps: int = 40) -> float:
+    """Clocks in which every consumer of a multiprocessor does one step, played out; the first steps do not count."""
+    played = _Play(kernel, config, head_dim, rates)
+    warm = steps // 4
+    while min(map(len, played.finished)) <= steps:
+        played.advance()
+    return (max(f[steps] for f in played.finished) - max(f[warm] for f in played.finished)) / (steps - warm)
+
+
+class _Play:
+    """Consumers, the queue of the matrix unit and the shared units, from event to event."""
+
+    def __init__(self, kernel: str, config: Config, head_dim: int, rates: Rates):
+        self.actions = STEPS[kernel]
+        logits = ROWS * config.block
+        matrix = 2.0 * logits * head_dim / rates.matrix[2]
+        begins = [action for action in self.actions if isinstance(action, Begin)]
+        self.product = {action.name: max(matrix, _reads(action, config.block, head_dim)) for action in begins}
+        self.compute = {"exponentials": logits / rates.exponentials, "floats": logits / rates.floats}
+        count = config.consumers
+        self.now = 0.0
+        self.at = [0] * count  # the next action of each consumer
+        self.ready = [97.0 * c for c in range(count)]  # they do not start together
+        self.working: list[list | None] = [None] * count  # [unit, clocks left]
+        self.open: list[set] = [set() for _ in range(count)]  # products begun and not ended
+        self.queue: list[tuple[int, str, float]] = []
+        self.finished: list[list[float]] = [[] for _ in range(count)]
+        self.ends = 0.0  # when the first of the queue has ended
+
+    def advance(self) -> None:
+        while any([self._act(c) for c in range(len(self.at))]):
+            pass
+        sharing: dict[str, list[list]] = {}
+        for work in self.working:
+            if work is not None:
+                sharing.setdefault(work[0], []).append(work)
+        events = [t for t in self.ready if t > self.now] + ([self.ends] if self.queue else [])
+        events += [self.now + work[1] * len(sharing[work[0]]) for work in self.working if work is not None]
+        passed = min(events) - self.now
+        for works in sharing.values():
+            for work in works:
+                work[1] -= passed / len(works)
+        self.now += passed
+        self.working = [None if work is not None and work[1] < 1e-6 else work for work in self.working]
+        if self.queue and self.ends <= self.now:
+            consumer, name, _ = self.queue.pop(0)
+            self.open[consumer].discard(name)
+            if self.queue:
+                self.ends = self.now + self.queue[0][2]
+
+    def _act(self, c: int) -> bool:
+        """Does consumer ``c``'s next action if it can."""
+        if self.working[c] is not None or self.ready[c] > self.now:
+            return False
+        action = self.actions[self.at[c]]
+        if isinstance(action, Wait) and self.open[c].intersection(action.names):
+            return False
+        if isinstance(action, Begin):
+            if not self.queue:
+                self.ends = self.now + self.product[action.name]
+            self.queue.append((c, action.name, self.product[action.name]))
+            self.open[c].add(action.name)
+        elif isinstance(action, Compute):
+            self.working[c] = [action.unit, self.compute[action.unit] * action.per_logit]
+        elif isinstance(action, Pause):
+            self.ready[c] = self.now + action.clocks
+        self.at[c] = (self.at[c] + 1) % len(self.actions)
+        if self.at[c] == 0:
+            self.finished[c].append(self.now)
+        return True
+
+
+@dataclass(frozen=True)
+class Played:
+    """Seconds of one kernel, or of several one after the other.
+
+    Attributes:
+        seconds: with the order of the kernels played out. bound: with the busiest unit busy all the time.
+        binds: that unit, or ``"memory"``. balance: mean busy time of a multiprocessor over that of the last to finish.
+    """
+
+    seconds: float
+    bound: float
+    binds: str
+    balance: float
+
+    def __add__(self, other: Played) -> Played:
+        longer = max(self, other, key=lambda p: p.seconds)
+        return Played(self.seconds + other.seconds, self.bound + other.bound, longer.binds, longer.balance)
+
+
+def predict_hopper(
+    layout: Layout, level: str, *, heads: int, head_dim: int, dtype: torch.dtype, rates: Rates, backward: bool = False,
+    neighbours: int = 0, summary: str | None = None,
+) -> Played:  # fmt: skip
+    """The time of ``attention`` with the ``hopper`` backend, forward or backward (both kernels).
+
+    Args:
+        layout, level, neighbours, summary: as in :func:`hlip_kernels.attention`. heads, head_dim, dtype: of q, k and v.
+        rates: of the GPU. backward: the backward pass instead of the forward one.
+
+    Raises:
+        ValueError: no kernels for this head dim, no such level or pattern.
+    """
+    names = [name for name in KERNELS if ("backward" in name) == backward]
+    if any(head_dim not in KERNELS[name] for name in names):
+        raise ValueError(f"there are no Hopper {'backward' if backward else 'forward'} kernels for head dim {head_dim}")
+    plan = Plan.of(layout.pattern(level, neighbours=neighbours, summary=summary))
+    first, *rest = (_predict_kernel(name, plan, heads, head_dim, dtype, rates) for name in names)
+    return sum(rest, first)
+
+
+def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: torch.dtype, rates: Rates) -> Played:
+    config = KERNELS[kernel][head_dim]
+    tiles, records = plan.tiles(config.rows, torch.device("cpu"), transposed=kernel == "attention_backward_dkdv")
+    rows = records.numpy().astype(np.int64)[tiles.numpy()[:, 0]]
+    whole = rows[:, K_PATCHES] // config.block
+    steps = whole + -(-(rows[:, K_PATCHES] + rows[:, K_PREFIXES] - whole * config.block) // config.block)
+    items = np.repeat(steps, heads)  # all heads of a tile one after the other, dealt out in turn
+    dealt = np.bincount(np.arange(len(items)) % rates.multiprocessors, weights=items, minlength=rates.multiprocessors)
+    clocks = units(kernel, config, head_dim, rates)
+    binds = max(clocks, key=clocks.__getitem__)
+    tensors = 4 if kernel == "attention_forward" else 6
+    memory = tensors * plan.num_rows * heads * head_dim * dtype.itemsize / rates.bandwidth
+    bound = dealt.max() * clocks[binds] / rates.clock
+    played = dealt.max() * clocks_per_step(kernel, config, head_dim, rates) / rates.clock
+    balance = float(dealt.mean() / dealt.max()) if len(items) else 1.0
+    return Played(max(played, memory) + LAUNCH, max(bound, memory) + LAUNCH, binds if bound > memory else "memory", balance)
+
+
+def main() -> int:
+    rates = RATES["H200"]
+    print(
+        "consumers x rows by rows of a tile: busiest unit, its clocks a step, clocks played out, TFLOP/s (H200, D = 64, predicted)"
+    )
+    for kernel, by_head_dim in KERNELS.items():
+        shipped = by_head_dim[64]
+        for consumers in (1, 2, 3):
+            for block in (64, 128):
+                config = replace(shipped, consumers=consumers, block=block)
+                busy = units(kernel, config, 64, rates)
+                busiest = max(busy, key=busy.__getitem__)
+                clocks = clocks_per_step(kernel, config, 64, rates)
+                products = sum(isinstance(a, Begin) for a in STEPS[kernel])
+                useful = {2: 2, 3: 2.5 * 2 * 3 / 7, 4: 2.5 * 2 * 4 / 7}[products]  # 5 products are counted for backward's 7
+                flops = useful * 2 * config.rows * block * 64 * rates.multiprocessors * rates.clock / clocks
+                mark = "  <- shipped" if config == shipped else ""
+                line = f"{kernel:24} {consumers} x 64 by {block:>3}: {busiest:13} {busy[busiest]:5.0f} {clocks:6.0f} "
+                print(f"{line}{flops / 1e12:5.0f}{mark}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
