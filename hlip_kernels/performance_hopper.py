@@ -231,9 +231,7 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
 
 def main() -> int:
     rates = RATES["H200"]
-    print(
-        "consumers x rows by rows of a tile: busiest unit, its clocks a step, clocks played out, TFLOP/s (H200, D = 64, predicted)"
-    )
+    print("consumers by rows of a tile: busiest unit, its clocks a step, played out, TFLOP/s (H200, D = 64; predicted)")
     for kernel, by_head_dim in KERNELS.items():
         shipped = by_head_dim[64]
         for consumers in (1, 2, 3):
