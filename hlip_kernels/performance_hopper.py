@@ -27,6 +27,7 @@ from .performance import LAUNCH, RATES, Rates
 
 PRODUCT_LATENCY, BARRIER = 60, 30  # clocks: from a product's end to its use; of four warps
 SHARED_BYTES = 128  # read or written a clock
+SPLIT = ("attention_backward_dq", "attention_backward_dkdv")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ STEPS = {
         Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)), Pause(PRODUCT_LATENCY),
         Compute("floats", 1.5), Compute("exponentials", 1), Begin("dV"), Wait(("dP",)), Compute("floats", 3),
         Begin("dK"), Wait(("dV", "dK")), _FINISH,
+    ),
+    # The summer's product, of both consumers' dS, as half of it each: nobody waits for it but the next but one.
+    "attention_backward_fused": (
+        Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)), Pause(PRODUCT_LATENCY),
+        Compute("floats", 2.5), Compute("exponentials", 1), Begin("dV"), Wait(("dP",)), Compute("floats", 3),
+        Pause(BARRIER), Begin("dQ", shared=True), Begin("dK"), Wait(("dV", "dK")), _FINISH,
     ),
 }  # fmt: skip
 
@@ -192,18 +199,19 @@ class Played:
 
 def predict_hopper(
     layout: Layout, level: str, *, heads: int, head_dim: int, dtype: torch.dtype, rates: Rates, backward: bool = False,
-    neighbours: int = 0, summary: str | None = None,
+    fused: bool = False, neighbours: int = 0, summary: str | None = None,
 ) -> Played:  # fmt: skip
-    """The time of ``attention`` with the ``hopper`` backend, forward or backward (both kernels).
+    """The time of ``attention`` with the ``hopper`` backend, forward or backward.
 
     Args:
         layout, level, neighbours, summary: as in :func:`hlip_kernels.attention`. heads, head_dim, dtype: of q, k and v.
-        rates: of the GPU. backward: the backward pass instead of the forward one.
+        rates: of the GPU. backward: the backward pass instead of the forward one. fused: in one kernel, without the passes
+            that prepare and convert dQ.
 
     Raises:
         ValueError: no kernels for this head dim, no such level or pattern.
     """
-    names = [name for name in KERNELS if ("backward" in name) == backward]
+    names = (("attention_backward_fused",) if fused else SPLIT) if backward else ("attention_forward",)
     if any(head_dim not in KERNELS[name] for name in names):
         raise ValueError(f"there are no Hopper {'backward' if backward else 'forward'} kernels for head dim {head_dim}")
     plan = Plan.of(layout.pattern(level, neighbours=neighbours, summary=summary))
@@ -213,7 +221,9 @@ def predict_hopper(
 
 def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: torch.dtype, rates: Rates) -> Played:
     config = KERNELS[kernel][head_dim]
-    tiles, records = plan.tiles(config.rows, torch.device("cpu"), transposed=kernel == "attention_backward_dkdv")
+    tiles, records = plan.tiles(
+        config.rows, torch.device("cpu"), transposed=kernel in ("attention_backward_dkdv", "attention_backward_fused")
+    )
     rows = records.numpy().astype(np.int64)[tiles.numpy()[:, 0]]
     whole = rows[:, K_PATCHES] // config.block
     steps = whole + -(-(rows[:, K_PATCHES] + rows[:, K_PREFIXES] - whole * config.block) // config.block)
@@ -240,8 +250,8 @@ def main() -> int:
                 busy = units(kernel, config, 64, rates)
                 busiest = max(busy, key=busy.__getitem__)
                 clocks = clocks_per_step(kernel, config, 64, rates)
-                products = sum(isinstance(a, Begin) for a in STEPS[kernel])
-                useful = {2: 2, 3: 2.5 * 2 * 3 / 7, 4: 2.5 * 2 * 4 / 7}[products]  # 5 products are counted for backward's 7
+                products = sum(isinstance(action, Begin) for action in STEPS[kernel])
+                useful = products * (5 / 7 if kernel in SPLIT else 1)  # backward's FLOPs are those of 5 products
                 flops = useful * 2 * config.rows * block * 64 * rates.multiprocessors * rates.clock / clocks
                 mark = "  <- shipped" if config == shipped else ""
                 line = f"{kernel:24} {consumers} x 64 by {block:>3}: {busiest:13} {busy[busiest]:5.0f} {clocks:6.0f} "

@@ -14,7 +14,7 @@ import torch
 
 from .. import triton as triton_backend
 from ..base import Backend, Query, Support
-from .config import BACKWARD_DKDV, BACKWARD_DQ, DTYPES, FORWARD, HEAD_DIMS, Config
+from .config import BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_FUSED, DTYPES, FORWARD, HEAD_DIMS, Config
 
 _LOG2_E = math.log2(math.e)
 _TINY = 1e-30  # a scale of 0 would make the -inf of masked logits NaN; logits this small are 0 after rounding
@@ -36,7 +36,15 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 class HopperBackend(Backend):
-    name = "hopper"
+    """See the module.
+
+    Args:
+        ordered: where the same bits are asked for, sum dQ in a fixed order in one kernel instead of making it in another.
+    """
+
+    def __init__(self, ordered: bool = False):
+        self.ordered = ordered
+        self.name = "hopper_ordered" if ordered else "hopper"
 
     def supports(self, query: Query) -> Support:
         if query.device_type != "cuda" or query.capability is None:
@@ -76,15 +84,23 @@ class HopperBackend(Backend):
         return out, lse
 
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
-        num_rows, heads, head_dim = q.shape
+        head_dim = q.shape[-1]
         if head_dim not in BACKWARD_DQ:
             return self.triton.backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics)
-        q, k, v, grad_out = map(_loadable, (q, k, v, grad_out))
-        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        delta = torch.empty_like(lse)
         has_grad_lse = grad_lse is not None
         if not has_grad_lse:
             grad_lse = lse  # never read
+        q, k, v, grad_out = map(_loadable, (q, k, v, grad_out))
+        any_order = not numerics.deterministic and not torch.are_deterministic_algorithms_enabled()
+        fused = head_dim in BACKWARD_FUSED and plan.sees_itself and (any_order or self.ordered)
+        run = functools.partial(self._fused, ordered=not any_order) if fused else self._split
+        return run(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, scale)
+
+    def _split(self, grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, scale):
+        """dQ, then dK with dV: seven products."""
+        num_rows, heads, head_dim = q.shape
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        delta = torch.empty_like(lse)
 
         config = BACKWARD_DQ[head_dim]
         tiles, records = plan.tiles(config.rows, q.device)
@@ -109,6 +125,24 @@ class HopperBackend(Backend):
             )  # fmt: skip
         return dq, dk, dv
 
+    def _fused(self, grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, scale, ordered):
+        """All three at once: five products, and dQ summed in float32."""
+        num_rows, heads, head_dim = q.shape
+        dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
+        delta, dq_sum = self.triton.delta(out, grad_out, grad_lse, has_grad_lse)
+        config = BACKWARD_FUSED[head_dim]
+        turns = torch.zeros(lse.shape if ordered else (1,), dtype=torch.int32, device=q.device)
+        tiles, records = plan.tiles(config.rows, q.device, transposed=True)
+        items = len(tiles) * heads
+        if items:
+            self.launch(
+                "attention_backward_fused", config, items, [q, grad_out],
+                q, k, v, grad_out, lse, delta, dq_sum, turns, dk, dv, tiles, records,
+                *_strides(q, k, v, grad_out, dq_sum, dk, dv), num_rows, heads, items, scale, scale * _LOG2_E,
+                ORDERED=ordered, DS_STAGES=config.summer_stages, SUMMER_REGISTERS=config.summer_registers,
+            )  # fmt: skip
+        return dq_sum.to(q.dtype), dk, dv
+
     triton = triton_backend.TritonBackend()
 
     def launch(self, name: str, config: Config, items: int, loaded: list[torch.Tensor], *args, **constants) -> None:
@@ -118,9 +152,10 @@ class HopperBackend(Backend):
             loaded: ``(R, H, D)`` tensors whose tiles of ``config.block`` rows come by TMA.
             args: the kernel's other arguments, up to its constants. constants: those that are not in the config.
         """
-        from . import backward, forward
+        from . import backward, forward, fused_backward
 
-        kernel = getattr(forward if hasattr(forward, name) else backward, name)
+        module = next(module for module in (forward, backward, fused_backward) if name in vars(module))
+        kernel = getattr(module, name)
         device = loaded[0].device
         with torch.cuda.device(device):
             kernel[(min(items, _multiprocessors(device)),)](
@@ -130,6 +165,7 @@ class HopperBackend(Backend):
                 **constants_of(config, loaded[0].shape[-1]),
                 num_warps=4,
                 maxnreg=config.max_registers,
+                launch_cooperative_grid=bool(constants.get("ORDERED")),
             )
 
 

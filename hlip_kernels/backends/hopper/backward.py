@@ -18,7 +18,7 @@ ROWS = gl.constexpr(64)  # rows of a consumer: what one warpgroup product takes
 
 
 @gluon.jit
-def _begin_product(a_smem, b_smem, i, STAGES: gl.constexpr):
+def begin_product(a_smem, b_smem, i, STAGES: gl.constexpr):
     """Begins ``a b^T`` for tile ``i`` of a ring. The tile must be there."""
     BLOCK: gl.constexpr = b_smem.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -27,7 +27,7 @@ def _begin_product(a_smem, b_smem, i, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _as_operand(x, acc, dtype: gl.constexpr):
+def as_operand(x, acc, dtype: gl.constexpr):
     """A result of one product as the left operand of another."""
     return gl.convert_layout(x.to(dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
 
@@ -43,9 +43,9 @@ def _dq_step(
     the wait for that product.
     """
     k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
-    logits_MN = _begin_product(q_smem, k_smem, used, STAGES)
+    logits_MN = begin_product(q_smem, k_smem, used, STAGES)
     await_use(full_v, used, STAGES)
-    dp_MN = _begin_product(do_smem, v_smem, used, STAGES)
+    dp_MN = begin_product(do_smem, v_smem, used, STAGES)
     logits_MN = warpgroup_mma_wait(1, deps=(logits_MN,))
     p_MN = gl.exp2(logits_MN * scale_log2 - lse_log2_M[:, None])
     if MASK:
@@ -55,7 +55,7 @@ def _dq_step(
         await_use(full_k, used + 1, STAGES)
     dp_MN = warpgroup_mma_wait(0, deps=(dp_MN,))
     complete_use(empty_v, used, STAGES)
-    ds_MN = _as_operand(p_MN * (dp_MN - delta_M[:, None]), dq_MD, k_smem.dtype)
+    ds_MN = as_operand(p_MN * (dp_MN - delta_M[:, None]), dq_MD, k_smem.dtype)
     dq_MD = warpgroup_mma(ds_MN, k_smem.index(used % STAGES), dq_MD, is_async=True)
     dq_MD = warpgroup_mma_wait(0, deps=(dq_MD,))
     complete_use(empty_k, used, STAGES)
@@ -197,15 +197,15 @@ def _dkdv_step(
         lse_M = gl.load(lse_base + rows_M)
         delta_M = gl.load(delta_base + rows_M)
     await_use(full_q, used, STAGES)
-    logits_NM = _begin_product(k_smem, q_smem, used, STAGES)
+    logits_NM = begin_product(k_smem, q_smem, used, STAGES)
     await_use(full_do, used, STAGES)
-    dp_NM = _begin_product(v_smem, do_smem, used, STAGES)
+    dp_NM = begin_product(v_smem, do_smem, used, STAGES)
     logits_NM = warpgroup_mma_wait(1, deps=(logits_NM,))
     p_NM = gl.exp2(logits_NM * scale_log2 - (lse_M * LOG2_E)[None, :])
-    p_operand = _as_operand(p_NM, dv_ND, q_smem.dtype)
+    p_operand = as_operand(p_NM, dv_ND, q_smem.dtype)
     dv_ND = warpgroup_mma(p_operand, do_smem.index(used % STAGES), dv_ND, is_async=True)
     dp_NM = warpgroup_mma_wait(1, deps=(dp_NM,))
-    ds_operand = _as_operand(p_NM * (dp_NM - delta_M[None, :]), dk_ND, q_smem.dtype)
+    ds_operand = as_operand(p_NM * (dp_NM - delta_M[None, :]), dk_ND, q_smem.dtype)
     dk_ND = warpgroup_mma(ds_operand, q_smem.index(used % STAGES), dk_ND, is_async=True)
     dk_ND, dv_ND = warpgroup_mma_wait(0, deps=(dk_ND, dv_ND))
     complete_use(empty_q, used, STAGES)

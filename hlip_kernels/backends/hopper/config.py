@@ -20,6 +20,7 @@ class Config:
         block: rows of a tile of the ring. stages: tiles of the ring.
         part: rows that the loading group takes at a time where it loads by address.
         consumer_registers, producer_registers: of a thread, multiples of 8; together at most what the card has.
+        summer_registers: of the group that adds up dQ, if there is one. summer_stages: tiles handed to it.
     """
 
     consumers: int
@@ -28,6 +29,8 @@ class Config:
     part: int
     consumer_registers: int
     producer_registers: int
+    summer_registers: int = 0
+    summer_stages: int = 0
 
     @property
     def rows(self) -> int:
@@ -37,7 +40,8 @@ class Config:
     @property
     def max_registers(self) -> int:
         """Registers a thread starts with: an equal share."""
-        return REGISTERS // (128 * (self.consumers + 1)) // 8 * 8
+        groups = self.consumers + 1 + (self.summer_registers > 0)
+        return REGISTERS // (128 * groups) // 8 * 8
 
 
 # Three consumers share each tile of keys and values: 192 rows a tile keep what a multiprocessor asks of L2 at 20 bytes a
@@ -53,5 +57,16 @@ BACKWARD_DQ = {
 BACKWARD_DKDV = {
     64: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=224, producer_registers=56),
 }
-KERNELS = {"attention_forward": FORWARD, "attention_backward_dq": BACKWARD_DQ, "attention_backward_dkdv": BACKWARD_DKDV}
+BACKWARD_FUSED = {
+    64: Config(
+        consumers=2, block=64, stages=3, part=16, consumer_registers=192, producer_registers=32,
+        summer_registers=96, summer_stages=2,
+    ),
+}  # fmt: skip
+KERNELS = {
+    "attention_forward": FORWARD,
+    "attention_backward_dq": BACKWARD_DQ,
+    "attention_backward_dkdv": BACKWARD_DKDV,
+    "attention_backward_fused": BACKWARD_FUSED,
+}
 HEAD_DIMS = tuple(FORWARD)

@@ -1,0 +1,223 @@
+"""Backward attention for Hopper in one kernel: five products where dQ apart from dK and dV takes seven.
+
+A program owns 128 keys and goes over the queries that see them. Two consumers make logits and dP of 64 keys each, transposed,
+and add to their dK and dV as in :mod:`.backward`. What both make of a tile of queries, dS, they leave in shared memory for a
+third group, the *summer*: it multiplies it with the keys and adds the result to a float32 dQ in device memory.
+
+Several programs add to the same dQ. ``ORDERED``, they do so one after the other, by tile of keys: ``turns`` counts for every
+tile of queries how many have added, and a summer waits for its number. The same bits every run. Nobody waits long: programs
+take items in order and go over queries in order, so each follows the one before it at a distance of a tile or two. Nobody
+waits for ever: the lowest item not done waits for none, and all programs run at once (a cooperative launch fails where they
+cannot). Not ordered, they add whenever they come by.
+
+Level patterns only: with others, tiles of several records meet the same queries.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from .backward import LOG2_E, ROWS, as_operand, begin_product
+from .ring import await_round_before, await_use, barrier, complete_use, load_rows, produce, row_of, store_rows
+
+
+@gluon.jit
+def _step(
+    dk_ND, dv_ND, k_smem, v_smem, ok_N, lse_base, delta_base, rows_M, ok_M, rings, handed, used, scale_log2,
+    INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """What query tile ``used`` adds to dK and dV, and its dS for the summer."""
+    q_smem, do_smem, full_q, full_do, empty_q, empty_do = rings
+    ds_smem, full_ds, empty_ds = handed
+    if MASK:
+        lse_M = gl.load(lse_base + rows_M, mask=ok_M, other=float("inf"))  # exp2(... - inf) = 0
+        delta_M = gl.load(delta_base + rows_M, mask=ok_M, other=0.0)
+    else:
+        lse_M = gl.load(lse_base + rows_M)
+        delta_M = gl.load(delta_base + rows_M)
+    await_use(full_q, used, STAGES)
+    logits_NM = begin_product(k_smem, q_smem, used, STAGES)
+    await_use(full_do, used, STAGES)
+    dp_NM = begin_product(v_smem, do_smem, used, STAGES)
+    logits_NM = warpgroup_mma_wait(1, deps=(logits_NM,))
+    p_NM = gl.exp2(logits_NM * scale_log2 - (lse_M * LOG2_E)[None, :])
+    # Keys past the end are zeros and so are their logits, but exp2 of -lse may be Inf, and Inf times the zeros of K is NaN.
+    p_NM = gl.where(ok_N[:, None], p_NM, 0.0)
+    p_operand = as_operand(p_NM, dv_ND, q_smem.dtype)
+    dv_ND = warpgroup_mma(p_operand, do_smem.index(used % STAGES), dv_ND, is_async=True)
+    dp_NM = warpgroup_mma_wait(1, deps=(dp_NM,))
+    ds_NM = (p_NM * (dp_NM - delta_M[None, :])).to(q_smem.dtype)
+    await_round_before(empty_ds, used, DS_STAGES)
+    ds_smem.index(used % DS_STAGES).slice(INDEX * ROWS, ROWS).store(ds_NM)
+    fence_async_shared()
+    complete_use(full_ds, used, DS_STAGES)
+    ds_operand = as_operand(ds_NM, dk_ND, q_smem.dtype)
+    dk_ND = warpgroup_mma(ds_operand, q_smem.index(used % STAGES), dk_ND, is_async=True)
+    dk_ND, dv_ND = warpgroup_mma_wait(0, deps=(dk_ND, dv_ND))
+    complete_use(empty_q, used, STAGES)
+    complete_use(empty_do, used, STAGES)
+    return dk_ND, dv_ND
+
+
+@gluon.jit
+def _consume(
+    tensors, numbers, k_smem, v_smem, rings, handed, INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr
+):
+    """dK and dV of key rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
+    k, v, lse, delta, dk, dv, tiles, records = tensors
+    k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, num_rows, heads, num_items, scale, scale_log2 = numbers
+    q_smem, do_smem, full_q, full_do, empty_q, empty_do = rings
+    ds_smem, full_ds, empty_ds = handed
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    BLOCK_D: gl.constexpr = q_smem.shape[2]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
+    n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
+    k_smem, v_smem = k_smem.slice(INDEX * ROWS, ROWS), v_smem.index(INDEX)
+    used = 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        head = (item % heads).to(gl.int64)
+        tile = tiles + 2 * (item // heads)
+        record = records + gl.load(tile) * 8
+        start = gl.load(tile + 1) + INDEX * ROWS
+        k_patch, k_patches = gl.load(record), gl.load(record + 1)
+        k_prefix, k_total = gl.load(record + 2), gl.load(record + 3) + k_patches
+        q_patch, q_patches = gl.load(record + 4), gl.load(record + 5)
+        q_prefix, q_total = gl.load(record + 6), gl.load(record + 7) + q_patches
+        whole = (q_patches // BLOCK_M) * BLOCK_M
+
+        j = start + n
+        ok_N = j < k_total
+        rows_N = row_of(j, k_patch, k_patches, k_prefix)
+        if used > 0:
+            await_use(empty_ds, used - 1, DS_STAGES)  # the summer is done with the keys before
+        k_smem.store(load_rows(k + head * k_head, rows_N, k_row, d, ok_N))
+        v_smem.store(load_rows(v + head * v_head, rows_N, v_row, d, ok_N))
+        fence_async_shared()
+
+        key_ok_N = gl.convert_layout(ok_N, gl.SliceLayout(1, s_layout))
+        dk_ND = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+        dv_ND = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+        lse_base = lse + head * num_rows
+        delta_base = delta + head * num_rows
+        for at in range(0, whole, BLOCK_M):
+            dk_ND, dv_ND = _step(
+                dk_ND, dv_ND, k_smem, v_smem, key_ok_N, lse_base, delta_base, q_patch + at + m, m >= 0, rings, handed, used,
+                scale_log2, INDEX, STAGES, DS_STAGES, False,
+            )  # fmt: skip
+            used += 1
+        for at in range(whole, q_total, BLOCK_M):
+            rows_M = row_of(at + m, q_patch, q_patches, q_prefix)
+            dk_ND, dv_ND = _step(
+                dk_ND, dv_ND, k_smem, v_smem, key_ok_N, lse_base, delta_base, rows_M, at + m < q_total, rings, handed, used,
+                scale_log2, INDEX, STAGES, DS_STAGES, True,
+            )  # fmt: skip
+            used += 1
+        dk_values = gl.convert_layout((dk_ND * scale).to(q_smem.dtype), row_layout)
+        store_rows(dk + head * dk_head, rows_N, dk_row, d, ok_N, dk_values)
+        dv_values = gl.convert_layout(dv_ND.to(q_smem.dtype), row_layout)
+        store_rows(dv + head * dv_head, rows_N, dv_row, d, ok_N, dv_values)
+
+
+@gluon.jit
+def _sum(
+    dq_sum, turns, tiles, records, numbers, k_smem, handed,
+    BLOCK_M: gl.constexpr, DS_STAGES: gl.constexpr, ORDERED: gl.constexpr,
+):  # fmt: skip
+    """Adds ``dS k`` of every tile of queries of every item to dQ."""
+    sum_row, sum_head, num_rows, heads, num_items, scale = numbers
+    ds_smem, full_ds, empty_ds = handed
+    BLOCK_N: gl.constexpr = k_smem.shape[0]
+    BLOCK_D: gl.constexpr = k_smem.shape[1]
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    row_layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_D, BLOCK_D // 4], [4, 1], [1, 0])
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, row_layout))
+    used = 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        head = (item % heads).to(gl.int64)
+        tile = tiles + 2 * (item // heads)
+        record = records + gl.load(tile) * 8
+        number = gl.load(tile + 1) // BLOCK_N  # of this tile of keys in its record
+        q_patch, q_patches = gl.load(record + 4), gl.load(record + 5)
+        q_prefix, q_total = gl.load(record + 6), gl.load(record + 7) + q_patches
+        for at in range(0, q_total, BLOCK_M):
+            await_use(full_ds, used, DS_STAGES)
+            zero = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, o_layout)
+            ds_MN = ds_smem.index(used % DS_STAGES).permute((1, 0))
+            dq_MD = warpgroup_mma_wait(0, deps=(warpgroup_mma(ds_MN, k_smem, zero, use_acc=False, is_async=True),))
+            complete_use(empty_ds, used, DS_STAGES)
+            used += 1
+            values = gl.convert_layout(dq_MD * scale, row_layout)
+            i = at + m
+            rows_M = row_of(i, q_patch, q_patches, q_prefix)
+            pointers = dq_sum + head * sum_head + rows_M[:, None].to(gl.int64) * sum_row + d[None, :]
+            # No two tiles of queries share their first row, so it names the tile.
+            turn = turns + head * num_rows + row_of(at, q_patch, q_patches, q_prefix)
+            if ORDERED:
+                while gl.atomic_add(turn, 0, sem="acquire") != number:
+                    pass
+            gl.atomic_add(pointers, values, mask=(i < q_total)[:, None], sem="relaxed")
+            if ORDERED:
+                barrier()  # all four warps have added before one says so
+                gl.atomic_add(turn, 1, sem="release")
+
+
+@gluon.jit(do_not_specialize=["num_rows", "heads", "num_items"])  # they change with every batch
+def attention_backward_fused(
+    q_desc, do_desc, q, k, v, grad_out, lse, delta, dq_sum, turns, dk, dv, tiles, records,
+    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, sum_row, sum_head, dk_row, dk_head, dv_row, dv_head,
+    num_rows, heads, num_items, scale, scale_log2,
+    ORDERED: gl.constexpr, DS_STAGES: gl.constexpr, SUMMER_REGISTERS: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """dK, dV, and ``dq_sum += scale dS k``, float32 ``(R, H, D)``. ``turns``: int32 ``(H, R)``, zeros; used if ``ORDERED``.
+
+    An item is one tile of 128 key rows of one head, ``BLOCK_N`` query rows a tile of the ring.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMERS * ROWS, BLOCK_D], dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMERS * ROWS, BLOCK_N], dtype)
+    bar_layout: gl.constexpr = mbarrier.MBarrierLayout()
+    k_smem = gl.allocate_shared_memory(dtype, [CONSUMERS * ROWS, BLOCK_D], k_layout)
+    v_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], v_layout)
+    q_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], do_desc.layout)
+    ds_smem = gl.allocate_shared_memory(dtype, [DS_STAGES, CONSUMERS * ROWS, BLOCK_N], ds_layout)
+    full_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
+    full_do = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
+    empty_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
+    empty_do = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
+    full_ds = gl.allocate_shared_memory(gl.int64, [DS_STAGES, 1], bar_layout)
+    empty_ds = gl.allocate_shared_memory(gl.int64, [DS_STAGES, 1], bar_layout)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full_q.index(i), count=1)
+        mbarrier.init(full_do.index(i), count=1)
+        mbarrier.init(empty_q.index(i), count=CONSUMERS)
+        mbarrier.init(empty_do.index(i), count=CONSUMERS)
+    for i in gl.static_range(DS_STAGES):
+        mbarrier.init(full_ds.index(i), count=CONSUMERS)
+        mbarrier.init(empty_ds.index(i), count=1)
+
+    rings = (q_smem, do_smem, full_q, full_do, empty_q, empty_do)
+    handed = (ds_smem, full_ds, empty_ds)
+    sources = (q_desc, do_desc, q, grad_out, tiles, records)
+    strides = (q_row, q_head, do_row, do_head, heads, num_items)
+    tensors = (k, v, lse, delta, dk, dv, tiles, records)
+    numbers = (k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, num_rows, heads, num_items, scale, scale_log2)
+    sums = (sum_row, sum_head, num_rows, heads, num_items, scale)
+    gl.static_assert(CONSUMERS == 2)
+    gl.warp_specialize(
+        [
+            (_consume, (tensors, numbers, k_smem, v_smem, rings, handed, 0, STAGES, DS_STAGES)),
+            (_consume, (tensors, numbers, k_smem, v_smem, rings, handed, 1, STAGES, DS_STAGES)),
+            (_sum, (dq_sum, turns, tiles, records, sums, k_smem, handed, BLOCK_N, DS_STAGES, ORDERED)),
+            (produce, (sources, rings, strides, STAGES, PART)),
+        ],
+        [4, 4, 4], [CONSUMER_REGISTERS, SUMMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
