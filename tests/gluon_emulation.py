@@ -19,6 +19,7 @@ import operator
 import re
 import sys
 import types
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -277,7 +278,8 @@ class _Module(types.ModuleType):
 
 _VALUES = (
     "int1 int32 int64 float16 bfloat16 float32 BlockedLayout SliceLayout NVMMADistributedLayout DotOperandLayout "
-    "NVMMASharedLayout expand_dims convert_layout full zeros zeros_like arange maximum minimum exp2 log2 exp log sqrt rsqrt cdiv"
+    "NVMMASharedLayout expand_dims convert_layout full zeros zeros_like arange maximum minimum exp2 log2 exp log sqrt rsqrt "
+    "cdiv"
 ).split()
 mbarrier = _Module(
     "mbarrier",
@@ -293,8 +295,8 @@ hopper = _Module(
 language = _Module(
     "gl",
     **{name: getattr(values, name) for name in _VALUES}, where=values.where_, sum=values.sum_, max=values.max_, abs=values.abs_,
-    load=memory.load, store=memory.store, atomic_add=memory.atomic_add, barrier=barrier, constexpr=constexpr, static_range=range, static_assert=static_assert,
-    static_print=lambda *_: None, allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize,
+    load=memory.load, store=memory.store, atomic_add=memory.atomic_add, barrier=barrier,
+    constexpr=constexpr, static_range=range, static_assert=static_assert, static_print=lambda *_: None, allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize,
     program_id=lambda axis: Scalar(running().program.index if axis == 0 else 0, values.int32),
     num_programs=lambda axis: Scalar(running().program.grid if axis == 0 else 1, values.int32),
 )  # fmt: skip
@@ -361,7 +363,7 @@ class DescriptorArgument:
 
 
 def launch(
-    kernel: Function, grid: int, *arguments, seed: int, far: dict | None = None, ordered=(), **constants
+    kernel: Function, grid: int, *arguments, seed: int, far: dict | None = None, ordered: Iterable[str] = (), **constants
 ) -> dict[str, memory.Buffer]:
     """Runs every program of the grid, all at once, in an order drawn from the seed.
 

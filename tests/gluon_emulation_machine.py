@@ -361,10 +361,8 @@ class Load:
         self.program, self.barrier, self.stage = me.program, barrier, stage
         self.nbytes, self.values = descriptor.nbytes, descriptor.tile(row, column)  # nothing writes them during a launch
         barrier.loaded += descriptor.nbytes
-        check(
-            barrier.loaded <= barrier.expected,
-            f"loads {descriptor.nbytes} bytes for {barrier.name}, which has been told to expect {barrier.expected} in this phase",
-        )
+        told = f"which has been told to expect {barrier.expected} in this phase"
+        check(barrier.loaded <= barrier.expected, f"loads {descriptor.nbytes} bytes for {barrier.name}, {told}")
         stage.loads += 1
         event = (stage.loads_source, stage.loads)
         stage.write(range(len(stage.rows)), event, False, "loads by TMA into")

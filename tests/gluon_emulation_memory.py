@@ -1,4 +1,4 @@
-"""Global memory of an emulated launch: every address checked, every element written at most once. See :mod:`gluon_emulation`."""
+"""Global memory of an emulated launch: every address checked, every element written once. See :mod:`gluon_emulation`."""
 
 from __future__ import annotations
 

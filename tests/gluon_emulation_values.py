@@ -1,4 +1,4 @@
-"""What a Gluon kernel computes with, on the CPU: dtypes, layouts, scalars and tiles, stricter than the compiler where it can be.
+"""What a Gluon kernel computes with, on the CPU: dtypes, layouts, scalars and tiles.
 
 Integers have their width: a result that does not fit raises, and so do ``//`` and ``%`` of negative numbers, which Triton
 truncates and Python floors. Tiles of different layouts do not mix. See :mod:`gluon_emulation`.
