@@ -296,7 +296,8 @@ language = _Module(
     "gl",
     **{name: getattr(values, name) for name in _VALUES}, where=values.where_, sum=values.sum_, max=values.max_, abs=values.abs_,
     load=memory.load, store=memory.store, atomic_add=memory.atomic_add, barrier=barrier,
-    constexpr=constexpr, static_range=range, static_assert=static_assert, static_print=lambda *_: None, allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize,
+    constexpr=constexpr, static_range=range, static_assert=static_assert, static_print=lambda *_: None,
+    allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize,
     program_id=lambda axis: Scalar(running().program.index if axis == 0 else 0, values.int32),
     num_programs=lambda axis: Scalar(running().program.grid if axis == 0 else 1, values.int32),
 )  # fmt: skip
@@ -346,7 +347,7 @@ def load_kernels(sources: dict[str, str]) -> types.SimpleNamespace:
             module, file = modules[name], f"<{package}>/{name}.py"
             linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
             module.__dict__.update(__gluon_kernel__=True, __package__=package, __file__=file, range=values.range_)
-            exec(compile(text, file, "exec"), module.__dict__)
+            exec(compile(text, file, "exec", dont_inherit=True), module.__dict__)
     found = types.SimpleNamespace()
     for module in modules.values():
         found.__dict__.update({n: v for n, v in vars(module).items() if isinstance(v, Function)})
