@@ -1,11 +1,11 @@
 """What hierarchical attention means, written down naively, and the layouts it is tried on.
 
-Nothing here looks at patterns, plans or backends: masks come from the nested lengths alone.
+Nothing here looks at patterns, plans or backends: masks come from the nested lengths alone. tools/stress.py uses it too, on any
+device and without hypothesis.
 """
 
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
 
 from hlip_kernels import Layout
 
@@ -20,6 +20,8 @@ RAGGED = [[[5, 0, 17], [64, 1]], [], [[130], [], [33, 63, 65]], [[0]]]  # studie
 
 def ragged_lengths(max_rows=450):
     """Nested lengths, some of everything empty, at most ``max_rows`` tokens."""
+    from hypothesis import strategies as st  # here, since the Python of the GPU gate may lack it
+
     scans = st.lists(st.sampled_from(LENGTHS), max_size=4)
     studies = st.lists(st.lists(scans, max_size=3), max_size=3)
     return studies.filter(lambda s: sum(n for study in s for scan in study for n in scan) <= max_rows)
@@ -76,9 +78,10 @@ def naive_mask(lengths, num_prefix, num_rows, level, neighbours=0, summary=None)
     return mask
 
 
-def naive_attention(q, k, v, mask, scale=None):
-    """Dense masked attention in float64: out ``(R, H, D)``, lse ``(H, R)``; 0 for rows that see nothing."""
-    q, k, v = (t.double().transpose(0, 1) for t in (q, k, v))
+def naive_attention(q, k, v, mask, scale=None, dtype=torch.float64):
+    """Dense masked attention in ``dtype``: out ``(R, H, D)``, lse ``(H, R)``; 0 for rows that see nothing."""
+    mask = mask.to(q.device)
+    q, k, v = (t.to(dtype).transpose(0, 1) for t in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = (q @ k.transpose(1, 2) * scale).masked_fill(~mask, float("-inf"))
     alive = mask.any(1)
@@ -92,11 +95,11 @@ def sdpa_by_segment(q, k, v, mask, scale=None):
     """torch's own attention in the dtype of the input, one call for each set of rows with the same view: the yardstick."""
     out = (q + k + v) * 0  # keeps every input in the graph
     groups = {}
-    for row, seen in enumerate(mask):
+    for row, seen in enumerate(mask.cpu().numpy()):
         if seen.any():
-            groups.setdefault(tuple(seen.nonzero()[:, 0].tolist()), []).append(row)
-    for seen, rows in groups.items():
-        seen, rows = torch.tensor(seen), torch.tensor(rows)
+            groups.setdefault(seen.tobytes(), (seen, []))[1].append(row)
+    for seen, rows in groups.values():
+        seen, rows = torch.from_numpy(seen).nonzero()[:, 0].to(q.device), torch.tensor(rows, device=q.device)
         part = F.scaled_dot_product_attention(*(t[i].transpose(0, 1)[None] for t, i in ((q, rows), (k, seen), (v, seen))),
                                               scale=scale)  # fmt: skip
         out = out.index_copy(0, rows, part[0].transpose(0, 1))

@@ -32,7 +32,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, sca
     out = q.new_zeros(q.shape)
     lse = q.new_zeros((q.shape[1], q.shape[0]), dtype=stats)
     if not rows:
-        return out + (q + k + v)[:0].sum(), lse  # an empty sum: keeps the graph connected, gradients are zeros
+        nothing = (q + k + v)[:0].sum()  # an empty sum: keeps the graph connected, gradients are zeros
+        return out + nothing, lse + nothing.to(stats)
     index = torch.cat(rows)
     return out.index_copy(0, index, torch.cat(outs).to(q.dtype)), lse.index_copy(1, index, torch.cat(lses, dim=1))
 
