@@ -1,0 +1,135 @@
+"""The Hopper kernels on a Hopper GPU: against float64, in every pattern, repeated, captured. Skipped elsewhere.
+
+In the GPU gate a step of its own: kernels that wait for one another can hang, and a step that hangs is ended by its time limit.
+"""
+
+import pytest
+import torch
+
+from hlip_kernels import HierarchicalAttention, Layout, attention
+from hlip_kernels.backends import BACKENDS, Query
+from hlip_kernels.pattern import Plan
+
+HERE = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(not HERE, reason="needs a GPU of compute capability 9.0")
+
+GRIDS = [[(2, 5, 7), (3, 9, 9), (12, 14, 14)], [], [(0, 2, 2), (1, 1, 1), (3, 8, 16)]]  # up to 2,600 rows a study
+NAMES = ["hopper", "hopper_ordered"]
+PATTERNS = [{}, {"neighbours": 1}, {"summary": "study"}, {"neighbours": 2, "summary": "scan"}]
+
+
+@pytest.fixture
+def layout():
+    return Layout.from_grids(GRIDS, num_prefix=2, row_multiple=64).to("cuda")
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    torch.full((2**26,), float("nan"), device="cuda")
+    yield
+
+
+def relative(got, truth):
+    return float((got.double() - truth).norm() / truth.norm())
+
+
+def run(backend, qkv, g, weights, layout, level, **options):
+    out, lse = attention(*qkv.unbind(1), layout, level, backend=backend, return_lse=True, **options)
+    loss = (out * g).sum() + (lse * weights.to(lse.dtype)).sum()
+    return out.detach(), lse.detach(), *torch.autograd.grad(loss, qkv)
+
+
+def compare(backend, layout, level, dtype, head_dim, **options):
+    """Errors at most twice those of the Triton backend, whose own are held to twice torch's by tests/test_gpu.py."""
+    qkv = torch.randn(layout.num_rows, 3, 3, head_dim, dtype=torch.float64, device="cuda").to(dtype)
+    g = torch.randn(layout.num_rows, 3, head_dim, device="cuda").to(dtype)
+    weights = torch.randn(3, layout.num_rows, device="cuda")
+    exact = run("reference", qkv.double().requires_grad_(), g.double(), weights.double(), layout, level, **options)
+    bounds = run("triton", qkv.clone().requires_grad_(), g, weights, layout, level, **options)
+    got = run(backend, qkv.clone().requires_grad_(), g, weights, layout, level, **options)
+    for name, a, truth, bound in zip(("out", "lse", "gradient"), got, exact, bounds, strict=True):
+        floor = torch.finfo(torch.float32 if name == "lse" else dtype).eps
+        assert relative(a, truth) <= 2 * relative(bound, truth) + floor, (name, level, options)
+    dead = layout.prefix_rows(level).stop
+    assert not got[0][dead:].any() and not got[1][:, dead:].any() and not got[2][dead:].any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", NAMES)
+def test_errors(layout, backend, dtype, head_dim):
+    support = BACKENDS[backend].supports(Query("cuda", (9, 0), dtype, head_dim))
+    assert support, support.reason
+    for level in layout.levels:
+        compare(backend, layout, level, dtype, head_dim)
+        compare(backend, layout, level, dtype, head_dim, deterministic=False)
+        compare(backend, layout, level, dtype, head_dim, scale=-0.2)
+    compare(backend, layout, "study", dtype, head_dim, scale=0.0)
+
+
+@pytest.mark.parametrize("options", PATTERNS, ids=str)
+def test_patterns(layout, options):
+    compare("hopper", layout, "slice", torch.bfloat16, 64, **options)
+    compare("hopper", layout, "slice", torch.bfloat16, 64, deterministic=False, **options)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_more_items_than_multiprocessors_and_the_same_bits(backend):
+    """Long segments beside short ones, so that programs go from item to item and wait for each other."""
+    lengths = [[[3000, 100]], [[70, 2500, 64, 1]], [[9000]], [[1, 0, 130]]]
+    layout = Layout.from_lengths(lengths, num_prefix=2, levels=("slice", "scan", "study")).to("cuda")
+    assert len(Plan.of(layout.pattern("scan")).tiles(128, torch.device("cpu"))[0]) * 12 > 1000
+    compare(backend, layout, "scan", torch.bfloat16, 64)
+    qkv = torch.randn(layout.num_rows, 3, 12, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    g = torch.randn(layout.num_rows, 12, 64, device="cuda", dtype=torch.bfloat16)
+    first = None
+    for _ in range(200):
+        out = attention(*qkv.unbind(1), layout, "scan", backend=backend)
+        (grad,) = torch.autograd.grad(out, qkv, g)
+        first = first or (out.detach(), grad)
+        assert torch.equal(out, first[0]) and torch.equal(grad, first[1])
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_nan_stays_in_its_study(layout, backend):
+    rows = slice(0, int(layout.host_offsets("study")[1]))
+    other = slice(rows.stop, layout.num_tokens)
+    qkv = torch.randn(layout.num_rows, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for broken in (False, True):
+        leaf = qkv.clone()
+        if broken:
+            leaf[rows] = float("nan")
+        leaf.requires_grad_()
+        out = attention(*leaf.unbind(1), layout, "study", backend=backend)
+        (grad,) = torch.autograd.grad(out[other].float().sum(), leaf)
+        results.append((out[other].detach(), grad[other]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_rows_that_tma_cannot_address(layout):
+    flat = torch.randn(layout.num_rows * 3 * 2 * 64 + 1, device="cuda", dtype=torch.bfloat16)[1:]
+    odd = flat.view(layout.num_rows, 3, 2, 64)
+    got = attention(*odd.unbind(1), layout, "scan", backend="hopper")
+    assert torch.equal(got, attention(*odd.clone().unbind(1), layout, "scan", backend="hopper"))
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_graph_of_a_layer(layout, backend):
+    layer = HierarchicalAttention(128, 2, qkv_bias=True, backend=backend, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(layout.num_rows, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    g = torch.randn_like(x)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(layer(x, layout, "scan"), x, g)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(x, layout, "scan")
+        (grad,) = torch.autograd.grad(out, x, g)
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    expected = layer(x, layout, "scan")
+    assert torch.equal(out, expected) and torch.equal(grad, torch.autograd.grad(expected, x, g)[0])

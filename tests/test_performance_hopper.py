@@ -1,0 +1,92 @@
+"""The model that plays out the Hopper kernels' order: between its bounds, and right where the answer is plain."""
+
+import pytest
+import torch
+
+from hlip_kernels import Layout
+from hlip_kernels.backends.hopper.config import BACKWARD_FUSED, FORWARD, KERNELS, Config
+from hlip_kernels.performance import LAUNCH, RATES
+from hlip_kernels.performance_hopper import BARRIER, PRODUCT_LATENCY, STEPS, clocks_per_step, predict_hopper, units
+
+H200 = RATES["H200"]
+
+
+def config(consumers, block=64):
+    return Config(consumers, block, stages=4, part=16, consumer_registers=160, producer_registers=32)
+
+
+def test_every_kernel_has_its_order():
+    assert set(STEPS) == set(KERNELS)
+
+
+def test_units_of_a_step():
+    """64 x 64 logits at head dim 64: 128 clocks a product, 256 of exponentials, counted by hand."""
+    found = units("attention_forward", config(3), 64, H200)
+    assert found["matrix"] == 3 * 2 * 128
+    assert found["exponentials"] == 3 * 4096 / 16
+    assert found["floats"] == 3 * 5 * 4096 / 128
+    assert found["shared memory"] == 3 * 2 * 64 * 64 * 2 / 128 + 2 * 64 * 64 * 2 / 128
+
+
+def test_one_consumer_has_only_its_own_overlap():
+    """The logits of the next tile hide behind the exponentials; everything else is one after the other."""
+    chain = BARRIER + 5 * 4096 / 128 + 4096 / 16 + 128 + PRODUCT_LATENCY + 2 * BARRIER
+    assert clocks_per_step("attention_forward", config(1), 64, H200) == pytest.approx(chain)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_between_the_busiest_unit_and_no_overlap_at_all(kernel):
+    alone = clocks_per_step(kernel, config(1), 64, H200)
+    for consumers in (1, 2, 3):
+        clocks = clocks_per_step(kernel, config(consumers), 64, H200)
+        assert max(units(kernel, config(consumers), 64, H200).values()) <= clocks * 1.001
+        assert clocks <= consumers * alone * 1.001
+
+
+def test_three_consumers_of_64_rows_keep_the_matrix_units_busiest():
+    """What the forward kernel ships with: a larger share of busy matrix units than with one or two."""
+    share = {}
+    for consumers in (1, 2, 3):
+        share[consumers] = (
+            units("attention_forward", config(consumers), 64, H200)["matrix"]
+            / clocks_per_step("attention_forward", config(consumers), 64, H200)
+        )  # fmt: skip
+    assert share[1] < share[2] < share[3] and FORWARD[64].consumers == 3
+    assert 0.3 < share[1] < 0.4 and 0.55 < share[2] < 0.7 and share[3] > 0.9
+
+
+def test_time_of_one_segment_counted_by_hand():
+    """132 tiles of 192 rows by one head: one tile a multiprocessor, 396 key tiles each."""
+    layout = Layout.from_lengths([132 * 192], levels=("segment",))
+    found = predict_hopper(layout, "segment", heads=1, head_dim=64, dtype=torch.bfloat16, rates=H200)
+    steps = 132 * 192 // 64
+    assert found.seconds == pytest.approx(
+        steps * clocks_per_step("attention_forward", FORWARD[64], 64, H200) / H200.clock + LAUNCH
+    )
+    assert found.balance == pytest.approx(1.0) and found.bound <= found.seconds
+
+
+def test_one_backward_kernel_is_predicted_faster_than_two_and_two_slower_than_forward():
+    layout = Layout.from_lengths([12560] * 8, levels=("segment",))
+    rest = {"heads": 12, "head_dim": 64, "dtype": torch.bfloat16, "rates": H200}
+    forward = predict_hopper(layout, "segment", **rest).seconds
+    two = predict_hopper(layout, "segment", **rest, backward=True).seconds
+    one = predict_hopper(layout, "segment", **rest, backward=True, fused=True).seconds
+    assert forward < one < two
+    assert two / one == pytest.approx(7 / 5, rel=0.05)
+
+
+def test_registers_add_up():
+    for by_head_dim in KERNELS.values():
+        for c in by_head_dim.values():
+            groups = c.consumers + 1 + (c.summer_registers > 0)
+            given = c.consumers * c.consumer_registers + c.producer_registers + c.summer_registers
+            assert given <= groups * c.max_registers
+            assert c.max_registers * 128 * groups <= 65536
+    assert BACKWARD_FUSED[64].summer_stages == 2
+
+
+def test_refusal_names_the_head_dim():
+    layout = Layout.from_lengths([100], levels=("segment",))
+    with pytest.raises(ValueError, match="head dim 128"):
+        predict_hopper(layout, "segment", heads=1, head_dim=128, dtype=torch.bfloat16, rates=H200, backward=True)
