@@ -1,6 +1,7 @@
 """The emulator of Gluon: a small right kernel passes, and everything that can be wrong with it is reported, in every order."""
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -324,3 +325,13 @@ def test_the_real_triton_stays():
     load_kernels({"ring": RING})
     after = {name: id(module) for name, module in sys.modules.items() if name.startswith(("triton", "emulated_0"))}
     assert before == after
+
+
+def test_no_thread_outlives_a_launch():
+    before = threading.active_count()
+    run_ring(RING, 0)
+    assert threading.active_count() == before
+    for replacement in ((WAIT_PRODUCT, ""), (RELEASE, "")):
+        with pytest.raises(KernelError):
+            run_ring(changed(RING, replacement), 0)
+        assert threading.active_count() == before

@@ -1,0 +1,234 @@
+"""The Hopper kernels against a naive float64 truth, run from their own source by an emulator that also looks for races."""
+
+import pytest
+import torch
+from emulated_hopper import WAYS, Case, EmulatedHopperBackend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hlip_kernels import attention
+from hlip_kernels.backends import BACKENDS, Query
+from hlip_kernels.backends.hopper import HopperBackend
+from hlip_kernels.backends.hopper.config import BACKWARD_DQ, FORWARD, HEAD_DIMS, KERNELS
+
+DTYPES = (torch.float16, torch.bfloat16)
+# Around the edges of tiles (64 keys, 128 and 192 rows), empty and single.
+LENGTHS = (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 260)
+PATTERNS = [
+    ("slice", {}), ("scan", {}), ("study", {}), ("slice", {"neighbours": 1}), ("slice", {"summary": "study"}),
+    ("scan", {"neighbours": 1, "summary": "study"}),
+]  # fmt: skip
+BY_KIND = pytest.mark.parametrize("head_dim", HEAD_DIMS), pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def each_kind(function):
+    for mark in BY_KIND:
+        function = mark(function)
+    return function
+
+
+def examples(share: float):
+    """A share of as many examples as the profile asks for: each is some hundred tiles, emulated."""
+    return settings(max_examples=max(1, int(settings.default.max_examples * share)))
+
+
+@st.composite
+def layouts(draw):
+    """Nested lengths, prefix rows, level and options, of at most 500 rows."""
+    scans = st.lists(st.sampled_from(LENGTHS), max_size=3)
+    lengths = draw(st.lists(st.lists(scans, max_size=2), max_size=3).filter(lambda s: sum(map(sum, sum(s, []))) <= 450))
+    level, options = draw(st.sampled_from(PATTERNS))
+    prefixes = (1, 2, 3) if "summary" in options else (0, 1, 2, 3)
+    return dict(lengths=lengths, num_prefix=draw(st.sampled_from(prefixes)), level=level, options=options)
+
+
+def written_once(backend, *arguments):
+    """Asserts that the backend's last launches wrote every element of these once."""
+    assert arguments
+    for kernel, argument in arguments:
+        assert (backend.written[kernel][argument] == 1).all(), (kernel, argument)
+
+
+def check_forward(case, **options):
+    backend = EmulatedHopperBackend(**options)
+    case.check(case.forward(backend))
+    if case.layout.num_rows:
+        written_once(backend, ("attention_forward", "out"), ("attention_forward", "lse"))
+
+
+def check_backward(case, way, **options):
+    ordered, deterministic = WAYS[way]
+    backend = EmulatedHopperBackend(ordered=ordered, **options)
+    case.check(case.backward(backend, deterministic))
+    if "attention_backward_fused" in backend.written:
+        assert way != "split"
+        written_once(backend, ("attention_backward_fused", "dk"), ("attention_backward_fused", "dv"))
+    elif case.layout.num_rows:
+        written_once(
+            backend, ("attention_backward_dq", "dq"), ("attention_backward_dq", "delta"),
+            ("attention_backward_dkdv", "dk"), ("attention_backward_dkdv", "dv"),
+        )  # fmt: skip
+    return backend
+
+
+@each_kind
+@examples(0.4)
+@given(drawn=layouts(), seed=st.integers(0, 1000))
+def test_forward_on_ragged_layouts(dtype, head_dim, drawn, seed):
+    check_forward(Case(**drawn, dtype=dtype, head_dim=head_dim), seed=seed)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@examples(0.2)
+@given(drawn=layouts(), seed=st.integers(0, 1000))
+def test_backward_on_ragged_layouts(dtype, way, drawn, seed):
+    for head_dim in BACKWARD_DQ:
+        check_backward(Case(**drawn, dtype=dtype, head_dim=head_dim), way, seed=seed)
+
+
+EDGES = {
+    "whole tiles alone": Case([[[64]], [[128]], [[192]]], 0, "slice"),
+    "a row more than whole tiles": Case([[[65, 193]]], 0, "slice"),
+    "prefix rows that start a tile": Case([[[64, 192]]], 1, "slice"),
+    "prefix rows in two tiles": Case([[[62]]], 3, "slice"),
+    "prefix rows alone": Case([[[0, 0]], [[]]], 2, "study"),
+    "one row": Case([[[1]]], 0, "slice"),
+    "several tiles of prefix rows": Case([[[3] * 24]], 3, "slice", heads=1, options={"summary": "study"}),
+    "several tiles of keys and of prefix rows": Case(
+        [[[70] + [2] * 21]], 3, "slice", heads=1, options={"neighbours": 1, "summary": "study"}
+    ),
+    "a study of several blocks of rows": Case([[[200, 250]]], 2, "study"),
+    "logits of hundreds": Case([[[130, 65]]], 1, "study", logits=(5.0, 0.0)),
+    "logits far below 0": Case([[[130, 65]]], 1, "scan", logits=(1.0, 4.0)),
+    "a negative scale": Case([[[130, 65]]], 1, "study", scale=-0.2),
+    "a scale of 0": Case([[[130, 65]]], 1, "study", scale=0.0),
+    "heads first": Case([[[130, 65]]], 1, "study", strides="heads first"),
+    "different strides": Case([[[130, 65]]], 1, "study", strides="mixed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_forward_at_the_edges(name):
+    check_forward(EDGES[name])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [name for name in EDGES if not EDGES[name].options])
+def test_backward_at_the_edges(name, way):
+    backend = check_backward(EDGES[name], way)
+    assert ("attention_backward_fused" in backend.written) == (way != "split")
+
+
+@pytest.mark.parametrize("name", [name for name in EDGES if EDGES[name].options])
+def test_backward_in_one_kernel_is_for_level_patterns(name):
+    backend = check_backward(EDGES[name], "ordered")
+    assert list(backend.written) == ["attention_backward_dq", "attention_backward_dkdv"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gradient_of_lse(way):
+    case = Case([[[130, 65], [3]]], 1, "scan", with_grad_lse=True)
+    check_backward(case, way)
+    assert not torch.allclose(case.truth["dq"], Case([[[130, 65], [3]]], 1, "scan").truth["dq"], atol=1e-3)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_rows_beyond_32_bit_addresses(head_dim):
+    case = Case([[[130, 65], [3]]], 1, "scan", head_dim=head_dim)
+    check_forward(case, far=True)
+    for way in WAYS if head_dim in BACKWARD_DQ else ():
+        check_backward(case, way, far=True)
+
+
+def test_the_same_bits_in_every_order_and_with_any_number_of_programs():
+    case = Case([[[193, 30], [1, 0]]], 2, "scan")
+    for run in (case.forward, lambda backend: case.backward(backend)):
+        for ordered in (False, True):
+            first = run(EmulatedHopperBackend(ordered=ordered))
+            for programs in (1, 7):
+                again = run(EmulatedHopperBackend(programs=programs, seed=100 * programs, ordered=ordered))
+                assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("strides", ["mixed", "heads first"])
+def test_strides_change_no_bits(strides):
+    cases = [Case([[[130, 65]]], 1, "study", strides=s) for s in ("packed", strides)]
+    for first, other in zip(
+        *[(c.forward(EmulatedHopperBackend()), c.backward(EmulatedHopperBackend())) for c in cases], strict=True
+    ):
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    backend = EmulatedHopperBackend()
+    monkeypatch.setitem(BACKENDS, "hopper", backend)
+    return backend
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_nan_stays_in_its_study_and_what_nobody_wrote_is_not_read(emulated, poisoned, deterministic, head_dim):
+    lengths, level = [[[65, 70]], [[100]], [[3]]], "study"
+    layout = Case(lengths, 2, level).layout
+    mask = Case(lengths, 2, level).mask
+    qkv = torch.randn(layout.num_rows, 3, 2, head_dim).half()
+    weight = torch.randn(layout.num_rows, 2, head_dim).half()
+    results = []
+    for bad in (None, 140, layout.num_rows - 1):  # inside the second study, and outside every segment
+        leaf = qkv.clone()
+        if bad is not None:
+            leaf[bad] = float("nan")
+        leaf.requires_grad_()
+        out, lse = attention(*leaf.unbind(1), layout, level, backend="hopper", return_lse=True, deterministic=deterministic)
+        (grad,) = torch.autograd.grad([out, lse], leaf, [weight, torch.ones_like(lse)])
+        results.append((out.detach(), lse.detach().T, grad))
+    clean, second, dead = results
+    apart = ~mask[140]
+    assert 0 < apart.sum() < layout.num_rows
+    for a, b, c in zip(clean, second, dead, strict=True):
+        assert a.isfinite().all() and torch.equal(a, c)
+        assert torch.equal(a[apart], b[apart]) and b[~apart].isnan().any()
+
+
+@pytest.mark.parametrize("lengths, num_prefix", [([], 0), ([[]], 1), ([[[0, 0]]], 0), ([[[0]]], 3)], ids=str)
+def test_emptiness(emulated, poisoned, lengths, num_prefix):
+    layout = Case(lengths, num_prefix).layout
+    qkv = torch.randn(layout.num_rows, 3, 2, 64).half().requires_grad_()
+    out, lse = attention(*qkv.unbind(1), layout, "slice", backend="hopper", return_lse=True)
+    (grad,) = torch.autograd.grad(out.float().sum() + lse.sum(), qkv)
+    assert out.isfinite().all() and lse.isfinite().all() and grad.isfinite().all()
+    if layout.num_rows == 0:
+        assert not emulated.written
+
+
+def test_a_launch_takes_every_tile_of_every_head_once():
+    """Persistent programs share out the items, whatever their number."""
+    case = Case([[[200, 193, 64]]], 0, heads=3)
+    tiles, _ = case.plan.tiles(FORWARD[64].rows, torch.device("cpu"))
+    for programs in (1, 4, 3 * len(tiles)):
+        backend = EmulatedHopperBackend(programs=programs)
+        case.forward(backend)
+        written_once(backend, ("attention_forward", "out"), ("attention_forward", "lse"))
+
+
+def test_what_the_backend_takes():
+    query = Query("cuda", (9, 0), torch.float16, 64)
+    assert HopperBackend().takes(query)
+    for head_dim, dtype, reason in ((80, torch.float16, "head dims 64, 128"), (64, torch.float32, "got float32")):
+        answer = HopperBackend().takes(Query("cuda", (9, 0), dtype, head_dim))
+        assert not answer and reason in answer.reason
+    for device, capability, reason in (("cpu", None, "needs an NVIDIA GPU"), ("cuda", (10, 0), "this GPU has 10.0")):
+        answer = HopperBackend().supports(Query(device, capability, torch.float16, 64))
+        assert not answer and reason in answer.reason
+
+
+def test_registers_add_up():
+    for table in KERNELS.values():
+        for config in table.values():
+            groups = config.consumers + 1 + (config.summer_registers > 0)
+            given = config.consumers * config.consumer_registers + config.producer_registers + config.summer_registers
+            assert given <= groups * config.max_registers and 128 * groups * config.max_registers <= 65536, config
+            parts = (config.consumer_registers, config.producer_registers, config.summer_registers)
+            assert all(n % 8 == 0 for n in parts) and config.block % config.part == 0

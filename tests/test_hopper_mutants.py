@@ -1,0 +1,203 @@
+"""Every way of breaking the Hopper kernels that came to mind is noticed: by the emulator, or as an error of the result.
+
+If one of these passes, the tests of tests/test_hopper.py prove less than they seem to. A mutation that no longer finds its text
+fails too: rewrite it for what the kernels have become.
+"""
+
+import functools
+
+import pytest
+from emulated_hopper import WAYS, Case, EmulatedHopperBackend, sources
+from gluon_emulation import KernelError, load_kernels
+
+CASES = {
+    "level": Case([[[193, 0, 70], [3]]], 2, "scan"),
+    "summary": Case([[[66] + [2] * 20]], 3, "slice", heads=1, options={"neighbours": 1, "summary": "study"}),
+    "negative": Case([[[130]]], 0, "slice", scale=-0.2),
+    "mixed": Case([[[193, 65]]], 1, "slice", strides="mixed"),
+    "far below 0": Case([[[130, 65]]], 1, "scan", logits=(1.0, 4.0)),
+    "grad of lse": Case([[[130, 65]]], 1, "scan", with_grad_lse=True),
+    "far": Case([[[130, 65]]], 1, "scan"),
+}
+# What is reported; several reports where the order of things decides which shows first.
+WRONG = "error .*, allowed"  # the result is
+RACE = "nothing that orders it after|is unwritten|more often than its count|lapped|told to expect"
+STUCK = "deadlock"
+FENCE = "without a fence_async_shared"
+OUTSIDE = "outside its elements"
+TWICE = "a second time|twice at once"
+
+WAIT_STEP = "    acc_MD, next_MN = warpgroup_mma_wait(0, deps=(acc_MD, next_MN))\n"
+RELEASE_STEP = "    complete_use(empty_k, used + 1, STAGES)\n    complete_use(empty_v, used, STAGES)\n"
+
+# Released too early alone, keys do no harm, nor do values in dQ: the producer fills both in turn, and waits for both.
+# File, kernel's direction, name, case, report, text, what it becomes.
+MUTANTS = [
+    # the ring
+    ("ring", "f", "no wait for an empty tile", "level", RACE, "    mbarrier.wait(bar, parity ^ 1)\n", ""),
+    ("ring", "f", "empty tiles by the wrong parity", "level", f"{RACE}|{STUCK}", "parity ^ 1", "parity"),
+    ("ring", "f", "no wait for a full tile", "level", RACE, "    mbarrier.wait(bar, parity)\n", ""),
+    ("ring", "f", "a parity that turns too often", "level", f"{RACE}|{STUCK}", "(i // STAGES) & 1", "i & 1"),
+    ("ring", "f", "no fence", "level", FENCE, "    fence_async_shared()\n", ""),
+    ("ring", "f", "the fence after the arrival", "level", FENCE,
+     "    fence_async_shared()\n    complete_use(full, i, STAGES)\n",
+     "    complete_use(full, i, STAGES)\n    fence_async_shared()\n"),
+    ("ring", "f", "half the bytes", "level", "told to expect", "desc.block_type.nbytes", "desc.block_type.nbytes // 2"),
+    ("ring", "f", "twice the bytes", "level", STUCK, "desc.block_type.nbytes", "desc.block_type.nbytes * 2"),
+    ("ring", "f", "an arrival too many", "level", f"{RACE}|{STUCK}", "count=1", "count=2"),
+    ("ring", "f", "a tile loaded a row late", "level", WRONG, "[row, column]", "[row + 1, column]"),
+    ("ring", "f", "loads into the next stage", "level", f"{RACE}|{WRONG}",
+     "tma_load(desc, [row, column], bar, smem.index(i % STAGES))",
+     "tma_load(desc, [row, column], bar, smem.index((i + 1) % STAGES))"),
+    ("ring", "f", "parts in the wrong places", "level", WRONG, "tile.slice(part * PART", "tile.slice((part ^ 1) * PART"),
+    ("ring", "f", "a part left out", "negative", "is unwritten", "static_range(ROWS // PART)",
+     "static_range(ROWS // PART - 1)"),
+    ("ring", "f", "prefix rows counted from the record", "level", f"{OUTSIDE}|{WRONG}", "prefix + (i - patches)", "prefix + i"),
+    ("ring", "f", "no prefix rows", "level", WRONG, "position < total)", "position < patches)"),
+    ("ring", "f", "rows past the end not zeroed", "level", WRONG, "mask=ok[:, None], other=0.0", "mask=ok[:, None]"),
+    ("ring", "f", "rows past the end loaded", "level", f"{OUTSIDE}|{WRONG}",
+     "gl.load(base + rows[:, None].to(gl.int64) * row_stride + d[None, :], mask=ok[:, None], other=0.0)",
+     "gl.load(base + rows[:, None].to(gl.int64) * row_stride + d[None, :])"),
+    ("ring", "f", "TMA past the patches", "level", f"{WRONG}|{RACE}|{STUCK}", "whole = (patches // BLOCK) * BLOCK",
+     "whole = ((patches + BLOCK - 1) // BLOCK) * BLOCK"),
+    ("ring", "f", "the queries' prefix rows", "summary", f"{WRONG}|{STUCK}|{RACE}",
+     "prefix, total = gl.load(record + 6), gl.load(record + 7) + patches",
+     "prefix, total = gl.load(record + 2), gl.load(record + 3) + patches"),
+    ("ring", "f", "one tensor's stride for the other", "mixed", f"{OUTSIDE}|{WRONG}", "head * b_head, b_smem",
+     "head * a_head, b_smem"),
+    ("ring", "f", "row addresses of 32 bits", "far", "int32 overflows", "rows[:, None].to(gl.int64)", "rows[:, None]"),
+    # forward
+    ("forward", "f", "no wait for keys", "level", RACE, "    await_use(full_k, used, STAGES)\n", ""),
+    ("forward", "f", "no wait for values", "level", RACE, "    await_use(full_v, used, STAGES)\n", ""),
+    ("forward", "f", "a key too many", "level", WRONG, "n < left", "n <= left"),
+    ("forward", "f", "no rescaling of the accumulator", "level", WRONG,
+     "    acc_MD = acc_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, layout))[:, None]\n", ""),
+    ("forward", "f", "no rescaling of the sum", "level", WRONG, "sum_M * shrink_M +", "sum_M +"),
+    ("forward", "f", "rescaling without the scale", "level", WRONG, "gl.exp2(max_M * scale_log2", "gl.exp2(max_M"),
+    ("forward", "f", "both tiles released before the products", "level", "after the read", WAIT_STEP + RELEASE_STEP,
+     RELEASE_STEP + WAIT_STEP),
+    ("forward", "f", "values released before the products", "level", "after the read",
+     "            acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))\n            complete_use(empty_v, used, STAGES)\n",
+     "            complete_use(empty_v, used, STAGES)\n            acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))\n"),
+    ("forward", "f", "keys never released", "level", STUCK, "    complete_use(empty_k, used + 1, STAGES)\n", ""),
+    ("forward", "f", "values never released", "level", STUCK, "    complete_use(empty_v, used, STAGES)\n    return",
+     "    return"),
+    ("forward", "f", "this tile's keys released twice", "level", f"{RACE}|{STUCK}|after the read",
+     "complete_use(empty_k, used + 1, STAGES)", "complete_use(empty_k, used, STAGES)"),
+    ("forward", "f", "a wait for all products but one", "level", "does not cover",
+     "warpgroup_mma_wait(0, deps=(acc_MD, next_MN))", "warpgroup_mma_wait(1, deps=(acc_MD, next_MN))"),
+    ("forward", "f", "a product not waited for", "level", "reads the product",
+     "    acc_MD, next_MN = warpgroup_mma_wait(0, deps=(acc_MD, next_MN))\n",
+     "    next_MN = warpgroup_mma_wait(0, deps=(next_MN,))\n"),
+    ("forward", "f", "this tile's logits again", "level", f"{WRONG}|{STUCK}|after the read", "full_k, used + 1, STAGES",
+     "full_k, used, STAGES"),
+    ("forward", "f", "the next tile's values", "level", f"{RACE}|{WRONG}", "v_smem.index(used % STAGES)",
+     "v_smem.index((used + 1) % STAGES)"),
+    ("forward", "f", "the last tile unmasked", "level", WRONG, "left = k_total - last * BLOCK_N", "left = BLOCK_N"),
+    ("forward", "f", "the last tile cut short", "level", WRONG, "left = k_total - last * BLOCK_N",
+     "left = k_patches - last * BLOCK_N"),
+    ("forward", "f", "tiles counted once too often", "level", f"{RACE}|{STUCK}", "            used += 1\n",
+     "            used += 2\n"),
+    ("forward", "f", "a tile too few", "level", f"{STUCK}|{WRONG}|in flight", "last = whole +", "last = -1 + whole +"),
+    ("forward", "f", "the keys' prefix rows", "summary", f"{OUTSIDE}|{TWICE}|{WRONG}",
+     "q_prefix, q_total = gl.load(record + 2), gl.load(record + 3) + q_patches",
+     "q_prefix, q_total = gl.load(record + 6), gl.load(record + 7) + q_patches"),
+    ("forward", "f", "no sign", "negative", WRONG, " * sign).to", " * 1.0).to"),
+    ("forward", "f", "rows outside every segment as 0 / 0", "level", WRONG, "            sum_M += 1.0\n",
+     "            sum_M += 0.0\n"),
+    ("forward", "f", "lse in base 2", "level", WRONG, "+ gl.log2(sum_M)) * LN_2", "+ gl.log2(sum_M))"),
+    ("forward", "f", "lse without the scale", "level", WRONG, "max_M * scale_log2 + gl.log2", "max_M + gl.log2"),
+    ("forward", "f", "the queries' stride for the output", "mixed", f"{OUTSIDE}|{TWICE}|{WRONG}", "out_row, d, ok_M",
+     "q_row, d, ok_M"),
+    ("forward", "f", "all consumers on the same rows", "level", TWICE, "+ INDEX * ROWS", "+ 0 * ROWS"),
+    ("forward", "f", "rows past the end written", "level", f"{OUTSIDE}|{TWICE}", "lse_M, mask=ok_M", "lse_M"),
+    ("forward", "f", "one consumer's release is enough", "level", f"{RACE}|after the read", "empty_k.index(i), count=CONSUMERS",
+     "empty_k.index(i), count=1"),
+    ("forward", "f", "items dealt out twice", "level", TWICE, "gl.num_programs(0)", "1"),
+    ("forward", "f", "the head's address in 32 bits", "far", "int32 overflows|" + OUTSIDE, "head = (item % heads).to(gl.int64)",
+     "head = (item % heads) * 1000000"),
+    # dQ, then dK with dV
+    ("backward", "split", "no wait for the next keys", "level", RACE, "        await_use(full_k, used + 1, STAGES)\n",
+     "        pass\n"),
+    ("backward", "split", "no wait for the first keys", "level", RACE, "            await_use(full_k, used, STAGES)\n", ""),
+    ("backward", "split", "no mask where logits are far below 0", "far below 0", WRONG,
+     "p_MN = gl.where((n < left)[None, :], p_MN, 0.0)", "p_MN = p_MN * 1.0"),
+    ("backward", "split", "no delta in dQ", "level", WRONG, "dp_MN - delta_M[:, None]", "dp_MN"),
+    ("backward", "split", "no delta in dK", "level", WRONG, "dp_NM - delta_M[None, :]", "dp_NM"),
+    ("backward", "split", "no gradient of lse", "grad of lse", WRONG, "delta_M -= gl.load", "delta_M += 0.0 * gl.load"),
+    ("backward", "split", "keys released too early", "level", "after the read",
+     "    dq_MD = warpgroup_mma_wait(0, deps=(dq_MD,))\n    complete_use(empty_k, used, STAGES)\n",
+     "    complete_use(empty_k, used, STAGES)\n    dq_MD = warpgroup_mma_wait(0, deps=(dq_MD,))\n"),
+    ("backward", "split", "queries never released", "level", STUCK, "    complete_use(empty_q, used, STAGES)\n", ""),
+    ("backward", "split", "a product read too early", "level", "does not cover", "logits_NM = warpgroup_mma_wait(1",
+     "logits_NM = warpgroup_mma_wait(2"),
+    ("backward", "split", "no fence", "level", FENCE, "        fence_async_shared()\n", ""),
+    ("backward", "split", "operands exchanged", "level", f"{RACE}|{WRONG}", "warpgroup_mma(p_operand, do_smem",
+     "warpgroup_mma(p_operand, q_smem"),
+    ("backward", "split", "rows of lse from the wrong place", "mixed", f"{WRONG}|{OUTSIDE}", "q_patch + at + m, m >= 0",
+     "at + m, m >= 0"),
+    ("backward", "split", "no scale", "level", WRONG, "(dk_ND * scale)", "(dk_ND * 1.0)"),
+    ("backward", "split", "dv where dk belongs", "level", f"{TWICE}|{WRONG}|{OUTSIDE}", "store_rows(dv + head * dv_head",
+     "store_rows(dk + head * dk_head"),
+    # all three in one
+    ("fused_backward", "ordered", "dS written over", "level", RACE, "    await_round_before(empty_ds, used, DS_STAGES)\n", ""),
+    ("fused_backward", "ordered", "no fence after dS", "level", FENCE, "    fence_async_shared()\n    complete_use(full_ds",
+     "    complete_use(full_ds"),
+    ("fused_backward", "ordered", "dS handed over before it is there", "level", f"{FENCE}|{RACE}",
+     "    fence_async_shared()\n    complete_use(full_ds, used, DS_STAGES)\n",
+     "    complete_use(full_ds, used, DS_STAGES)\n    fence_async_shared()\n"),
+    ("fused_backward", "ordered", "one half of dS is enough", "level", RACE, "full_ds.index(i), count=CONSUMERS",
+     "full_ds.index(i), count=1"),
+    ("fused_backward", "ordered", "keys written over while the summer reads", "level", RACE,
+     "            await_use(empty_ds, used - 1, DS_STAGES)", "            pass"),
+    ("fused_backward", "ordered", "no wait for dS", "level", RACE, "            await_use(full_ds, used, DS_STAGES)\n", ""),
+    ("fused_backward", "ordered", "dS never given back", "level", STUCK,
+     "            complete_use(empty_ds, used, DS_STAGES)\n", ""),
+    ("fused_backward", "ordered", "both consumers in the same half", "level", f"{RACE}|{WRONG}",
+     ".slice(INDEX * ROWS, ROWS).store(ds_NM)", ".slice(0, ROWS).store(ds_NM)"),
+    ("fused_backward", "ordered", "nobody waits for their turn", "level", "in no fixed order", "!= number:", "< 0:"),
+    ("fused_backward", "ordered", "turns that begin with 1", "level", STUCK, "// BLOCK_N  # of", "// BLOCK_N + 1  # of"),
+    ("fused_backward", "ordered", "a turn given on too early", "level", "no barrier", "                barrier()",
+     "                pass"),
+    ("fused_backward", "ordered", "a turn given on without a release", "level", "in no fixed order",
+     'atomic_add(turn, 1, sem="release")', 'atomic_add(turn, 1, sem="relaxed")'),
+    ("fused_backward", "ordered", "a turn taken without an acquire", "level", "in no fixed order", 'sem="acquire"',
+     'sem="relaxed"'),
+    ("fused_backward", "ordered", "no mask where logits are far below 0", "far below 0", WRONG,
+     "p_NM = gl.where(ok_N[:, None], p_NM, 0.0)", "p_NM = p_NM * 1.0"),
+    ("fused_backward", "any order", "rows past the end added", "level", f"{OUTSIDE}|{WRONG}", "mask=(i < q_total)[:, None]",
+     "mask=(i >= 0)[:, None]"),
+    ("fused_backward", "any order", "the summer reads dS as it lies", "level", f"{WRONG}|multiplies", ".permute((1, 0))", ""),
+    ("fused_backward", "any order", "no scale in dQ", "level", WRONG, "dq_MD * scale", "dq_MD * 1.0"),
+]  # fmt: skip
+
+
+@functools.cache
+def source():
+    return sources()
+
+
+def run(kernels, direction: str, case: str, seed: int) -> None:
+    ordered, deterministic = WAYS.get(direction, (False, True))
+    backend = EmulatedHopperBackend(kernels, programs=3, ordered=ordered, far=case == "far", seed=seed)
+    case = CASES[case]
+    case.check(case.forward(backend) if direction == "f" else case.backward(backend, deterministic))
+
+
+@pytest.mark.parametrize(
+    "file, direction, case, report, old, new",
+    [(file, direction, *rest) for file, direction, _, *rest in MUTANTS],
+    ids=[f"{file}: {name}" for file, _, name, *_ in MUTANTS],
+)
+def test_a_broken_kernel_is_noticed(file, direction, case, report, old, new):
+    assert old in source()[file], f"{file}.py has no {old!r} any more"
+    kernels = load_kernels(source() | {file: source()[file].replace(old, new)})
+    with pytest.raises((KernelError, AssertionError), match=report):
+        for seed in range(3):
+            run(kernels, direction, case, seed)
+
+
+@pytest.mark.parametrize("direction, case", sorted({(direction, case) for _, direction, _, case, *_ in MUTANTS}))
+def test_the_kernels_themselves_pass(direction, case):
+    for seed in range(3):
+        run(None, direction, case, seed)
