@@ -22,9 +22,16 @@ from pathlib import Path
 
 import torch
 
-from .backends.triton.config import DTYPES, KERNELS, Config, config_for, padded_head_dim
+from .backends.triton.config import KERNELS, Config, config_for, padded_head_dim
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
+# What the inputs are and whether TF32 products are allowed, by the name it has here and in the record.
+KINDS = {
+    "float16": (torch.float16, False),
+    "bfloat16": (torch.bfloat16, False),
+    "float32": (torch.float32, False),
+    "tfloat32": (torch.float32, True),
+}
 
 
 @dataclass(frozen=True)
@@ -76,28 +83,35 @@ class Resources:
     matrix_kind: str
 
 
-def compile_kernel(kernel: str, dtype: torch.dtype, head_dim: int, arch: str, config: Config | None = None) -> Resources:
-    """Compiles one kernel for one architecture and reads its figures."""
+def compile_kernel(kernel: str, kind: str, head_dim: int, arch: str, config: Config | None = None) -> Resources:
+    """Compiles one kernel for one of :data:`KINDS` and :data:`ARCHITECTURES` and reads its figures.
+
+    Raises:
+        ValueError: the kernel is not used there (the table has no tiles for it), and no ``config`` was given.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from .backends.triton import interpreted, kernels
+    from .backends.triton import fused_backward, interpreted, kernels
 
     if interpreted():
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process, unset it")
     target = ARCHITECTURES[arch]
-    config = config or config_for(kernel, dtype, head_dim, target.family)
-    function = getattr(kernels, kernel)
+    dtype, tf32 = KINDS[kind]
+    config = config or config_for(kernel, dtype, head_dim, target.family, tf32)
+    if config is None:
+        raise ValueError(f"{kernel} has no tiles for {kind} and head dim {head_dim} on {arch}")
+    function = getattr(kernels, kernel, None) or getattr(fused_backward, kernel)
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "PRECISION": "ieee",
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "HAS_GRAD_LSE": False,
     }
-    if "HAS_GRAD_LSE" in function.arg_names:
-        constants["HAS_GRAD_LSE"] = False
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         signature[name] = "constexpr" if name in constants else _argument_type(name, dtype)
@@ -116,7 +130,7 @@ def compile_kernel(kernel: str, dtype: torch.dtype, head_dim: int, arch: str, co
     else:
         registers, spills, matrix = _read_amdgcn(compiled.asm["amdgcn"], target)
     return Resources(
-        kernel, str(dtype).removeprefix("torch."), head_dim, arch,
+        kernel, kind, head_dim, arch,
         config.block_m, config.block_n, config.num_warps, config.num_stages,
         registers, compiled.metadata.shared, spills, len(matrix), "+".join(sorted(set(matrix))),
     )  # fmt: skip
@@ -126,7 +140,7 @@ def _argument_type(name: str, dtype: torch.dtype) -> str:
     element = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     if name in ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"):
         return f"*{element}"
-    if name in ("lse", "grad_lse", "delta"):
+    if name in ("lse", "grad_lse", "delta", "dq_sum"):
         return "*fp32"
     if name in ("tiles", "records"):
         return "*i32"
@@ -160,13 +174,15 @@ def _read_amdgcn(assembly: str, target: Architecture) -> tuple[int, int, list[st
     return registers, private, re.findall(target.matrix, assembly)
 
 
-def compile_all(archs, dtypes, head_dims, kernels=KERNELS):
-    """Yields the :class:`Resources` of every combination."""
+def shipped(archs=ARCHITECTURES, kinds=KINDS, head_dims=HEAD_DIMS, kernels=KERNELS):
+    """Yields ``(kernel, kind, head_dim, arch)`` of every combination that there are tiles for."""
     for arch in archs:
-        for dtype in dtypes:
+        for kind in kinds:
             for head_dim in head_dims:
                 for kernel in kernels:
-                    yield compile_kernel(kernel, dtype, head_dim, arch)
+                    dtype, tf32 = KINDS[kind]
+                    if config_for(kernel, dtype, head_dim, ARCHITECTURES[arch].family, tf32) is not None:
+                        yield kernel, kind, head_dim, arch
 
 
 def write_rows(rows: Iterable[Resources], path: Path) -> None:
@@ -188,19 +204,19 @@ def read_rows(path: Path) -> list[Resources]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hlip_kernels.resources", description=__doc__.split("\n\n")[0])
-    names = {str(d).removeprefix("torch."): d for d in DTYPES}
     parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
-    parser.add_argument("--dtype", nargs="+", choices=list(names), default=list(names))
+    parser.add_argument("--dtype", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
     rows = []
-    print("kernel                  dtype    D    arch    tile     warps stages  regs  shared  spill  matrix")
-    for r in compile_all(args.arch, [names[d] for d in args.dtype], args.head_dim, args.kernel):
+    print("kernel                   dtype    D    arch    tile     warps stages  regs  shared  spill  matrix")
+    for combination in shipped(args.arch, args.dtype, args.head_dim, args.kernel):
+        r = compile_kernel(*combination)
         rows.append(r)
         print(
-            f"{r.kernel:23} {r.dtype:8} {r.head_dim:<4} {r.arch:7} {r.block_m:>3}x{r.block_n:<4} {r.num_warps:>5} "
+            f"{r.kernel:24} {r.dtype:8} {r.head_dim:<4} {r.arch:7} {r.block_m:>3}x{r.block_n:<4} {r.num_warps:>5} "
             f"{r.num_stages:>6} {r.registers:>5} {r.shared_memory:>7} {r.spill_bytes:>6} "
             f"{r.matrix_instructions:>7} {r.matrix_kind}",
             flush=True,

@@ -21,11 +21,14 @@ def warmup(
     neighbours: int = 0,
     summary: str | None = None,
     backend: str = "auto",
+    deterministic: bool = True,
+    allow_tf32: bool = False,
 ) -> None:
     """Runs attention once on zeros for every layout and level, so that no later call compiles or builds anything.
 
     Compiling depends on dtype and head dim, never on lengths: one small layout is enough for the kernels. (A gradient through
-    the log-sum-exp, or strides that are no multiples of 16, compile a variant of their own, not made here.)
+    the log-sum-exp, or strides that are no multiples of 16, compile a variant of their own, not made here. With
+    ``deterministic=False``, layouts whose rows see fewer than 512 keys compile another backward pass than the rest.)
     The tiles (or, for ``sdpa``, the groups) of a pattern belong to its layout: pass the layouts you will use, of a fixed
     validation set or before capturing a CUDA graph, and their first real call finds them made.
 
@@ -34,16 +37,18 @@ def warmup(
         heads, head_dim, dtype: of q, k and v, which are made as views of one packed ``(R, 3, heads, head_dim)`` projection.
         levels: default: all of each layout (with ``neighbours`` or ``summary``, those that can have them).
         backward: also the backward pass.
-        neighbours, summary, backend: as in :func:`hlip_kernels.attention`.
+        neighbours, summary, backend, deterministic, allow_tf32: as in :func:`hlip_kernels.attention`.
 
     Raises:
         ValueError, NotImplementedError: as :func:`hlip_kernels.attention` would.
     """
+    options = {"neighbours": neighbours, "summary": summary, "backend": backend}
+    options |= {"deterministic": deterministic, "allow_tf32": allow_tf32}
     for layout in layouts:
         shape = (layout.num_rows, 3, heads, head_dim)
         for level in _levels(layout, neighbours, summary) if levels is None else levels:
             qkv = torch.zeros(shape, dtype=dtype, device=layout.device, requires_grad=backward)
-            out = attention(*qkv.unbind(1), layout, level, neighbours=neighbours, summary=summary, backend=backend)
+            out = attention(*qkv.unbind(1), layout, level, **options)
             if backward:
                 out.backward(torch.zeros_like(out))
 

@@ -11,18 +11,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
-from hlip_kernels.backends.triton.config import KERNELS, Config, config_for
-from hlip_kernels.resources import ARCHITECTURES, HEAD_DIMS, read_rows
+from hlip_kernels.backends.triton.config import Config, config_for
+from hlip_kernels.resources import ARCHITECTURES, HEAD_DIMS, KINDS, read_rows, shipped
 
 VERSION = ".".join(version("triton").split(".")[:2])
 RECORD = Path(__file__).parent / "codegen" / f"triton-{VERSION}.csv"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def warpgroup_products(row):
+    """Whether Hopper's products of four warps are expected. They need tiles of 64 rows and up."""
+    if row.dtype == "tfloat32" and row.kernel != "attention_forward":
+        # With head dims beyond 64 such tiles spill, since float32 operands take twice the registers: tiles of 32 rows at most.
+        return row.head_dim <= 64
+    # Beyond 128 tiles of 64 rows leave no registers to dK and dV, nor in TF32 to the output.
+    return row.dtype != "float32" and row.head_dim <= 128
+
+
+@pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_registers_shared_memory_spills_and_matrix_instructions(arch, dtype, tmp_path):
     # float16 differs from bfloat16 in the element type alone: two head dims stand for all.
@@ -33,17 +41,20 @@ def test_registers_shared_memory_spills_and_matrix_instructions(arch, dtype, tmp
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read_rows(tmp_path / "rows.csv")
-    assert len(rows) == len(KERNELS) * len(head_dims)
+    assert [(r.kernel, r.dtype, r.head_dim, r.arch) for r in rows] == list(shipped([arch], [dtype], head_dims))
     limits = ARCHITECTURES[arch]
     for row in rows:
         assert 0 < row.registers <= limits.registers, row
         assert row.spill_bytes == 0, row
-        assert 0 < row.shared_memory <= limits.shared_memory, row
-        if dtype != "float32":  # float32 products are true float32: no tensor cores on NVIDIA
+        assert 0 <= row.shared_memory <= limits.shared_memory, row
+        if row.kernel == "attention_backward_delta":  # no products
+            continue
+        if dtype != "float32":  # float32 products are true float32 unless TF32 is allowed: no tensor cores on NVIDIA
             assert row.matrix_instructions > 0, row
-        if arch == "sm_90" and dtype != "float32" and row.head_dim <= 128:
-            # Beyond, dK and dV of 64 rows leave no registers: tiles of 32 rows, and the products of single warps.
-            assert row.matrix_kind == "HGMMA", row
+        if arch == "sm_90" and warpgroup_products(row):
+            # Tiles of fewer than 64 query rows: dQ of the fused kernel alone is left to single warps.
+            single = row.kernel == "attention_backward_fused" and row.block_m < 64
+            assert row.matrix_kind == ("HGMMA+HMMA" if single else "HGMMA"), row
     if not RECORD.exists():
         pytest.skip(f"within limits, but there is no {RECORD.name} to compare with: make one (see hlip_kernels.resources)")
     known = set(read_rows(RECORD))
@@ -58,14 +69,21 @@ def test_every_shipped_configuration_is_on_record():
     records = sorted(RECORD.parent.glob("triton-*.csv"))
     assert records
     for record in records:
-        rows = {(r.kernel, r.dtype, r.head_dim, r.arch) for r in read_rows(record)}
-        dtypes = ("float16", "bfloat16", "float32")
-        assert rows == {(k, t, d, a) for k in KERNELS for t in dtypes for d in HEAD_DIMS for a in ARCHITECTURES}, record
+        assert {(r.kernel, r.dtype, r.head_dim, r.arch) for r in read_rows(record)} == set(shipped()), record
         for r in read_rows(record):
-            shipped = config_for(r.kernel, getattr(torch, r.dtype), r.head_dim, ARCHITECTURES[r.arch].family)
-            assert Config(r.block_m, r.block_n, r.num_warps, r.num_stages) == shipped, f"{record.name} is out of date: {r}"
+            dtype, tf32 = KINDS[r.dtype]
+            own = config_for(r.kernel, dtype, r.head_dim, ARCHITECTURES[r.arch].family, tf32)
+            assert Config(r.block_m, r.block_n, r.num_warps, r.num_stages) == own, f"{record.name} is out of date: {r}"
 
 
 def test_an_unknown_architecture_is_refused():
     done = subprocess.run([sys.executable, "-m", "hlip_kernels.resources", "--arch", "sm_1"], capture_output=True, text=True)
     assert done.returncode == 2 and "sm_90" in done.stderr
+
+
+def test_a_kernel_without_tiles_is_refused():
+    command = [sys.executable, "-c", "from hlip_kernels.resources import compile_kernel as c; "
+               "c('attention_backward_fused', 'float32', 64, 'sm_90')"]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "ValueError: attention_backward_fused has no tiles for float32 and head dim 64 on sm_90" in done.stderr

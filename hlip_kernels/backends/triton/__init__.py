@@ -13,8 +13,9 @@ import os
 
 import torch
 
-from ..base import Backend, Query, Support
-from .config import DTYPES, MAX_HEAD_DIM, config_for, family_of, padded_head_dim
+from ..base import Backend, Numerics, Query, Support
+from . import config as tables
+from .config import DTYPES, MAX_HEAD_DIM, config_for, family_of, has_tf32, padded_head_dim
 
 _LOG2_E = math.log2(math.e)
 
@@ -55,45 +56,97 @@ class TritonBackend(Backend):
         from . import kernels
 
         num_rows, heads, head_dim = q.shape
-        config = config_for("attention_forward", q.dtype, head_dim, family_of(q.device))
+        tf32, family = _tf32(q, numerics), family_of(q.device)
+        config = config_for("attention_forward", q.dtype, head_dim, family, tf32)
         tiles, records = plan.tiles(config.block_m, q.device)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty((heads, num_rows), dtype=torch.float32, device=q.device)
         _launch(
-            kernels.attention_forward, config, tiles, heads, head_dim, q.device,
+            kernels.attention_forward, config, tiles, heads, head_dim, tf32, q.device,
             q, k, v, out, lse, tiles, records,
             *_strides(q, k, v, out), num_rows, scale * _LOG2_E,
         )  # fmt: skip
         return out, lse
 
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
-        from . import kernels
-
-        num_rows, heads, head_dim = q.shape
-        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        delta = torch.empty((2, *lse.shape), dtype=lse.dtype, device=lse.device)
         has_grad_lse = grad_lse is not None
         if not has_grad_lse:
             grad_lse = lse  # never read
+        run = _fused_backward if is_fused(q.device, q.dtype, q.shape[-1], plan.longest, numerics) else _split_backward
+        return run(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, scale, _tf32(q, numerics))
 
-        config = config_for("attention_backward_dq", q.dtype, head_dim, family_of(q.device))
-        tiles, records = plan.tiles(config.block_m, q.device)
-        _launch(
-            kernels.attention_backward_dq, config, tiles, heads, head_dim, q.device,
-            q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
-            *_strides(q, k, v, out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *_strides(dq),
-            num_rows, scale, scale * _LOG2_E,
-            HAS_GRAD_LSE=has_grad_lse,
+
+def _tf32(q: torch.Tensor, numerics: Numerics) -> bool:
+    return numerics.allow_tf32 and q.dtype == torch.float32 and has_tf32(q.device)
+
+
+def is_fused(device: torch.device, dtype: torch.dtype, head_dim: int, longest: int, numerics: Numerics) -> bool:
+    """Whether the backward pass is the fast one: allowed, by torch's own switch too, worth it, and with tiles in the table.
+
+    ``longest``: the most rows one segment sees.
+    """
+    if numerics.deterministic or torch.are_deterministic_algorithms_enabled() or longest < tables.FUSED_FROM:
+        return False
+    tf32 = numerics.allow_tf32 and has_tf32(device)
+    return config_for("attention_backward_fused", dtype, head_dim, family_of(device), tf32) is not None
+
+
+def _split_backward(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, scale, tf32):
+    """dQ, then dK with dV: every element written by one program, so the same bits every run."""
+    from . import kernels
+
+    num_rows, heads, head_dim = q.shape
+    family = family_of(q.device)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    delta = torch.empty((2, *lse.shape), dtype=lse.dtype, device=lse.device)
+
+    config = config_for("attention_backward_dq", q.dtype, head_dim, family, tf32)
+    tiles, records = plan.tiles(config.block_m, q.device)
+    _launch(
+        kernels.attention_backward_dq, config, tiles, heads, head_dim, tf32, q.device,
+        q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
+        *_strides(q, k, v, out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *_strides(dq),
+        num_rows, scale, scale * _LOG2_E,
+        HAS_GRAD_LSE=has_grad_lse,
+    )  # fmt: skip
+
+    config = config_for("attention_backward_dkdv", q.dtype, head_dim, family, tf32)
+    tiles, records = plan.tiles(config.block_n, q.device, transposed=True)
+    _launch(
+        kernels.attention_backward_dkdv, config, tiles, heads, head_dim, tf32, q.device,
+        q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
+        *_strides(q, k, v, grad_out, dk, dv), num_rows, scale, scale * _LOG2_E,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _fused_backward(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, scale, tf32):
+    """delta, then all three gradients at once; dQ is summed in float32 by atomic additions, in any order."""
+    from . import fused_backward as kernels
+
+    num_rows, heads, head_dim = q.shape
+    family = family_of(q.device)
+    dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
+    dq_sum = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
+
+    config = config_for("attention_backward_delta", q.dtype, head_dim, family, tf32)
+    with _on(q.device):
+        kernels.attention_backward_delta[(-(-num_rows // config.block_m), heads)](
+            out, grad_out, grad_lse, delta, dq_sum,
+            *_strides(out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *_strides(dq_sum), num_rows,
+            HAS_GRAD_LSE=has_grad_lse, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
-        config = config_for("attention_backward_dkdv", q.dtype, head_dim, family_of(q.device))
-        tiles, records = plan.tiles(config.block_n, q.device, transposed=True)
-        _launch(
-            kernels.attention_backward_dkdv, config, tiles, heads, head_dim, q.device,
-            q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
-            *_strides(q, k, v, grad_out, dk, dv), num_rows, scale, scale * _LOG2_E,
-        )  # fmt: skip
-        return dq, dk, dv
+    config = config_for("attention_backward_fused", q.dtype, head_dim, family, tf32)
+    tiles, records = plan.tiles(config.block_n, q.device, transposed=True)
+    _launch(
+        kernels.attention_backward_fused, config, tiles, heads, head_dim, tf32, q.device,
+        q, k, v, grad_out, lse, delta, dq_sum, dk, dv, tiles, records,
+        *_strides(q, k, v, grad_out, dq_sum, dk, dv), num_rows, scale, scale * _LOG2_E,
+    )  # fmt: skip
+    return dq_sum.to(q.dtype), dk, dv
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
@@ -101,11 +154,15 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:2]]
 
 
-def _launch(kernel, config, tiles, heads, head_dim, device, *args, **constants) -> None:
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _launch(kernel, config, tiles, heads, head_dim, tf32, device, *args, **constants) -> None:
     """One launch over real tiles only; none when there are none."""
     if len(tiles) == 0:
         return
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with _on(device):
         kernel[(len(tiles), heads)](
             *args,
             **constants,
@@ -113,7 +170,7 @@ def _launch(kernel, config, tiles, heads, head_dim, device, *args, **constants) 
             BLOCK_D=padded_head_dim(head_dim),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            PRECISION="ieee",
+            PRECISION="tf32" if tf32 else "ieee",
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=True,

@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels: a readable table, no autotuning, no dependence on sequence length.
 
-Keyed on family of GPUs, kernel, element size and padded head dim. Predicted from registers and shared memory
-(``python -m hlip_kernels.resources`` prints both, for any triton), not yet measured on a GPU.
+Keyed on family of GPUs, kernel, kind of product (bytes per element, or TF32) and padded head dim. Predicted from registers and
+shared memory (``python -m hlip_kernels.resources`` prints both, for any triton), not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -22,15 +22,26 @@ class Config:
     num_stages: int
 
 
-KERNELS = ("attention_forward", "attention_backward_dq", "attention_backward_dkdv")
+KERNELS = (
+    "attention_forward",
+    "attention_backward_dq",
+    "attention_backward_dkdv",
+    "attention_backward_delta",
+    "attention_backward_fused",
+)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+
+# The fast backward pass moves dQ through memory in float32, which its fewer products make up for when rows see many keys:
+# predicted, from 300 (if nothing overlaps) to 1000 (if all does) at head dim 64, 16 bit, on an H200. Where the longest segment
+# sees fewer than this, the two other kernels run.
+FUSED_FROM = 512
 
 # Families: "hopper" has warpgroup products (sm_90, sm_100, sm_103), "ampere" those of one warp and as little as 99 KB of
 # shared memory (sm_80, sm_86, sm_89, sm_120), "amd" 64 threads a warp and 64 KB.
 FAMILIES = ("hopper", "ampere", "amd")
 
-# (kernel, bytes per element) -> {padded head dim: Config}. No entry spills a register with triton 3.6, 3.8 or 3.9;
+# (kernel, bytes per element or "tf32") -> {padded head dim: Config}. No entry spills a register with triton 3.6, 3.8 or 3.9;
 # tests/test_triton_compile.py holds them to that.
 _HOPPER = {
     ("attention_forward", 2): {
@@ -75,6 +86,59 @@ _HOPPER = {
         128: Config(16, 32, 8, 1),
         256: Config(16, 16, 8, 1),
     },
+    ("attention_forward", "tf32"): {
+        16: Config(128, 64, 8, 2),
+        32: Config(128, 64, 8, 2),
+        64: Config(128, 32, 8, 2),
+        128: Config(128, 32, 8, 2),
+        256: Config(32, 32, 16, 1),
+    },
+    ("attention_backward_dq", "tf32"): {
+        16: Config(128, 64, 8, 2),
+        32: Config(128, 64, 8, 2),
+        64: Config(128, 32, 8, 2),
+        128: Config(32, 16, 8, 2),
+        256: Config(32, 32, 8, 1),
+    },
+    ("attention_backward_dkdv", "tf32"): {
+        16: Config(64, 128, 8, 2),
+        32: Config(64, 128, 8, 2),
+        64: Config(32, 128, 8, 2),
+        128: Config(32, 32, 8, 2),
+        256: Config(16, 32, 8, 1),
+    },
+    # The fast backward pass. A tile of keys adds D floats to dQ for every query row it meets: with fewer than some 100 keys (50
+    # in TF32) Hopper would be busier adding them than the two other kernels are with their products (predicted), so there is
+    # no entry where tiles of that size spill. Nor for float32 without TF32, whose probabilities are made to sum to 1.
+    ("attention_backward_fused", 2): {
+        16: Config(64, 128, 8, 2),
+        32: Config(64, 128, 8, 2),
+        64: Config(64, 128, 8, 2),
+        128: Config(32, 128, 8, 2),
+        256: None,
+    },
+    ("attention_backward_fused", "tf32"): {
+        16: Config(64, 128, 8, 2),
+        32: Config(32, 128, 8, 2),
+        64: Config(32, 128, 8, 2),
+        128: None,
+        256: None,
+    },
+    # No products: block_n is nothing.
+    ("attention_backward_delta", 2): {
+        16: Config(128, 0, 4, 1),
+        32: Config(128, 0, 4, 1),
+        64: Config(64, 0, 4, 1),
+        128: Config(32, 0, 4, 1),
+        256: Config(16, 0, 4, 1),
+    },
+    ("attention_backward_delta", "tf32"): {
+        16: Config(128, 0, 4, 1),
+        32: Config(128, 0, 4, 1),
+        64: Config(64, 0, 4, 1),
+        128: Config(32, 0, 4, 1),
+        256: Config(16, 0, 8, 1),
+    },
 }
 
 # Where the others want something else.
@@ -92,6 +156,32 @@ _AMPERE = {
     },
     ("attention_forward", 4): {
         256: Config(16, 32, 8, 1),
+    },
+    ("attention_forward", "tf32"): {
+        64: Config(128, 64, 8, 2),
+        128: Config(64, 32, 8, 2),
+        256: Config(64, 16, 8, 1),
+    },
+    ("attention_backward_dq", "tf32"): {
+        32: Config(64, 32, 4, 2),
+        64: Config(32, 32, 4, 2),
+        128: Config(64, 16, 8, 2),
+        256: Config(32, 16, 8, 1),
+    },
+    ("attention_backward_dkdv", "tf32"): {
+        16: Config(32, 64, 4, 2),
+        32: Config(32, 64, 4, 2),
+        64: Config(32, 32, 4, 2),
+        128: Config(32, 32, 8, 2),
+    },
+    ("attention_backward_fused", 2): {
+        64: Config(32, 128, 8, 2),
+        128: Config(32, 64, 8, 2),
+    },
+    ("attention_backward_fused", "tf32"): {
+        16: Config(32, 128, 8, 2),
+        64: Config(16, 64, 8, 1),
+        128: Config(32, 32, 8, 1),
     },
 }
 _AMD = {
@@ -121,6 +211,38 @@ _AMD = {
         128: Config(16, 16, 4, 1),
         256: Config(16, 16, 4, 1),
     },
+    ("attention_forward", "tf32"): {
+        16: Config(64, 64, 4, 1),
+        32: Config(64, 64, 4, 1),
+        64: Config(64, 64, 4, 1),
+        128: Config(64, 32, 8, 1),
+        256: Config(32, 16, 8, 1),
+    },
+    ("attention_backward_dq", "tf32"): {
+        16: Config(64, 32, 4, 1),
+        32: Config(64, 32, 4, 1),
+        64: Config(32, 32, 4, 1),
+        128: Config(32, 16, 4, 1),
+        256: Config(16, 16, 4, 1),
+    },
+    ("attention_backward_dkdv", "tf32"): {
+        16: Config(32, 64, 4, 1),
+        32: Config(32, 64, 4, 1),
+        64: Config(32, 32, 4, 1),
+        128: Config(16, 32, 4, 1),
+        256: Config(16, 32, 4, 1),
+    },
+    ("attention_backward_fused", 2): {
+        16: Config(32, 64, 4, 1),
+        32: Config(32, 64, 4, 1),
+        64: Config(32, 64, 4, 1),
+        128: Config(16, 64, 4, 1),
+    },
+    ("attention_backward_fused", "tf32"): {
+        16: Config(32, 64, 4, 1),
+        32: Config(32, 64, 4, 1),
+        64: Config(32, 32, 4, 1),
+    },
 }
 
 
@@ -139,8 +261,21 @@ def family_of(device: torch.device) -> str:
     return "hopper"
 
 
-def config_for(kernel: str, dtype: torch.dtype, head_dim: int, family: str) -> Config:
-    """The tile sizes of one kernel for one of :data:`FAMILIES`."""
-    key, width = (kernel, dtype.itemsize), padded_head_dim(head_dim)
-    own = {"hopper": {}, "ampere": _AMPERE, "amd": _AMD}[family]
-    return own.get(key, {}).get(width) or _HOPPER[key][width]
+@cache
+def has_tf32(device: torch.device) -> bool:
+    """Whether triton makes TF32 products there: on NVIDIA and, as "xf32", on gfx942. It refuses them for other AMD GPUs."""
+    if torch.version.hip is None:
+        return True
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
+
+
+def kind_of(dtype: torch.dtype, allow_tf32: bool = False) -> int | str:
+    """The second key of the tables: bytes per element, or ``"tf32"``."""
+    return "tf32" if allow_tf32 and dtype == torch.float32 else dtype.itemsize
+
+
+def config_for(kernel: str, dtype: torch.dtype, head_dim: int, family: str, allow_tf32: bool = False) -> Config | None:
+    """The tile sizes of one kernel for one of :data:`FAMILIES`; ``None`` where the kernel is not used."""
+    key, width = (kernel, kind_of(dtype, allow_tf32)), padded_head_dim(head_dim)
+    own = {"hopper": {}, "ampere": _AMPERE, "amd": _AMD}[family].get(key, {})
+    return own[width] if width in own else _HOPPER.get(key, {}).get(width)

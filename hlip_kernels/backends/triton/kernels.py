@@ -22,6 +22,19 @@ def _row_of(i, patch, patches, prefix):
 
 
 @triton.jit
+def _operand(x, PRECISION: tl.constexpr):
+    """``x`` as a matrix product takes it: rounded to TF32 if that is asked for.
+
+    The matrix units drop the 13 bits that TF32 lacks, which makes every product some 7e-4 smaller. So half a unit in the last
+    place is added first: rounding to nearest. NaN and Inf stay what they are.
+    """
+    if PRECISION == "tf32":
+        power = (x.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)  # sign and exponent alone
+        x = (tl.fma(power, 2.0**-11, x).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def _load_tile(base, rows, row_stride, d, ok, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
     """Rows of one head, zeros beyond the head dim and, with ``MASK_ROWS``, where not ``ok``. 64-bit row addresses."""
     pointers = base + rows[:, None].to(tl.int64) * row_stride + d[None, :]
@@ -49,15 +62,15 @@ def _forward_step(
     acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_stride, v_stride, rows_N, ok_N, d, scale_log2,
     HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k_ND = _load_tile(k_base, rows_N, k_stride, d, ok_N, HEAD_DIM, MASK_ROWS)
+    k_ND = _operand(_load_tile(k_base, rows_N, k_stride, d, ok_N, HEAD_DIM, MASK_ROWS), PRECISION)
     logits_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * scale_log2
     if MASK_ROWS:
         logits_MN = tl.where(ok_N[None, :], logits_MN, float("-inf"))
     new_max_M = tl.maximum(max_M, tl.max(logits_MN, 1))
     p_MN = tl.exp2(logits_MN - new_max_M[:, None])
     shrink_M = tl.exp2(max_M - new_max_M)
-    v_ND = _load_tile(v_base, rows_N, v_stride, d, ok_N, HEAD_DIM, MASK_ROWS)
-    acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD * shrink_M[:, None], input_precision=PRECISION)
+    v_ND = _operand(_load_tile(v_base, rows_N, v_stride, d, ok_N, HEAD_DIM, MASK_ROWS), PRECISION)
+    acc_MD = tl.dot(_operand(p_MN.to(v_ND.dtype), PRECISION), v_ND, acc_MD * shrink_M[:, None], input_precision=PRECISION)
     return acc_MD, new_max_M, sum_M * shrink_M + tl.sum(p_MN, 1)
 
 
@@ -82,7 +95,7 @@ def attention_forward(
     i = start + tl.arange(0, BLOCK_M)
     ok_M = i < q_total
     rows_M = _row_of(i, q_patch, q_patches, q_prefix)
-    q_MD = _load_tile(q + head * q_head, rows_M, q_row, d, ok_M, HEAD_DIM, True)
+    q_MD = _operand(_load_tile(q + head * q_head, rows_M, q_row, d, ok_M, HEAD_DIM, True), PRECISION)
 
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     max_M = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -115,17 +128,17 @@ def _dq_step(
     dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_stride, v_stride, rows_N, ok_N, d, scale_log2,
     HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k_ND = _load_tile(k_base, rows_N, k_stride, d, ok_N, HEAD_DIM, MASK_ROWS)
-    v_ND = _load_tile(v_base, rows_N, v_stride, d, ok_N, HEAD_DIM, MASK_ROWS)
+    k_ND = _operand(_load_tile(k_base, rows_N, k_stride, d, ok_N, HEAD_DIM, MASK_ROWS), PRECISION)
+    v_ND = _operand(_load_tile(v_base, rows_N, v_stride, d, ok_N, HEAD_DIM, MASK_ROWS), PRECISION)
     logits_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * scale_log2
     p_MN = tl.exp2(logits_MN - lse_log2_M[:, None])
     if MASK_ROWS:
         p_MN = tl.where(ok_N[None, :], p_MN, 0.0)
-    if k_ND.dtype == tl.float32:
+    if k_ND.dtype == tl.float32 and PRECISION == "ieee":
         sum_M += tl.sum(p_MN, 1)
     dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision=PRECISION)
     ds_MN = p_MN * (dp_MN - delta_M[:, None])
-    return tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=PRECISION), sum_M
+    return tl.dot(_operand(ds_MN.to(k_ND.dtype), PRECISION), k_ND, dq_MD, input_precision=PRECISION), sum_M
 
 
 @triton.jit(do_not_specialize=["num_rows", "dlse_head"])  # they change with every batch
@@ -140,7 +153,7 @@ def attention_backward_dq(
 
     ``delta`` is ``(2, H, R)``. For float32 input its second half takes what the recomputed probabilities of a row must be
     multiplied by to sum to 1 again: beside logits in the hundreds, the log-sum-exp itself is rounded by more than the error
-    that float32 is held to.
+    that float32 is held to (though not by more than TF32, which does without).
     """
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -162,8 +175,9 @@ def attention_backward_dq(
     if HAS_GRAD_LSE:
         delta_M -= tl.load(grad_lse + head * dlse_head + rows_M.to(tl.int64) * dlse_row, mask=ok_M, other=0.0)
     tl.store(delta + head * num_rows + rows_M, delta_M, mask=ok_M)
+    do_MD = _operand(do_MD, PRECISION)
     lse_log2_M = tl.load(lse + head * num_rows + rows_M, mask=ok_M, other=0.0) * LOG2_E
-    q_MD = _load_tile(q + head * q_head, rows_M, q_row, d, ok_M, HEAD_DIM, True)
+    q_MD = _operand(_load_tile(q + head * q_head, rows_M, q_row, d, ok_M, HEAD_DIM, True), PRECISION)
 
     dq_MD = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     sum_M = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -182,7 +196,7 @@ def attention_backward_dq(
             dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_row, v_row, rows_N, at + n < k_total, d,
             scale_log2, HEAD_DIM, True, PRECISION,
         )  # fmt: skip
-    if q_MD.dtype == tl.float32:
+    if q_MD.dtype == tl.float32 and PRECISION == "ieee":
         norm_M = 1.0 / tl.where(sum_M > 0, sum_M, 1.0)
         tl.store(delta + (tl.num_programs(1) + head) * num_rows + rows_M, norm_M, mask=ok_M)
         dq_MD *= norm_M[:, None]
@@ -195,25 +209,26 @@ def _dkdv_step(
     scale_log2,
     HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    q_MD = _load_tile(q_base, rows_M, q_stride, d, ok_M, HEAD_DIM, MASK_ROWS)
-    do_MD = _load_tile(do_base, rows_M, do_stride, d, ok_M, HEAD_DIM, MASK_ROWS)
+    q_MD = _operand(_load_tile(q_base, rows_M, q_stride, d, ok_M, HEAD_DIM, MASK_ROWS), PRECISION)
+    do_MD = _operand(_load_tile(do_base, rows_M, do_stride, d, ok_M, HEAD_DIM, MASK_ROWS), PRECISION)
     if MASK_ROWS:
         lse_M = tl.load(lse_base + rows_M, mask=ok_M, other=float("inf"))  # exp2(... - inf) = 0
         delta_M = tl.load(delta_base + rows_M, mask=ok_M, other=0.0)
     else:
         lse_M = tl.load(lse_base + rows_M)
         delta_M = tl.load(delta_base + rows_M)
-    if q_MD.dtype == tl.float32:  # operands in the order of the other kernels, so that the logits are the same to the last bit
+    if q_MD.dtype == tl.float32 and PRECISION == "ieee":
+        # Operands in the order of the other kernels, so that the logits are the same to the last bit.
         logits_NM = tl.trans(tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)) * scale_log2
     else:
         logits_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION) * scale_log2
     p_NM = tl.exp2(logits_NM - (lse_M * LOG2_E)[None, :])
-    if q_MD.dtype == tl.float32:
+    if q_MD.dtype == tl.float32 and PRECISION == "ieee":
         p_NM *= tl.load(norm_base + rows_M, mask=ok_M, other=0.0)[None, :]
-    dv_ND = tl.dot(p_NM.to(do_MD.dtype), do_MD, dv_ND, input_precision=PRECISION)
+    dv_ND = tl.dot(_operand(p_NM.to(do_MD.dtype), PRECISION), do_MD, dv_ND, input_precision=PRECISION)
     dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision=PRECISION)
     ds_NM = p_NM * (dp_NM - delta_M[None, :])
-    dk_ND = tl.dot(ds_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision=PRECISION)
+    dk_ND = tl.dot(_operand(ds_NM.to(q_MD.dtype), PRECISION), q_MD, dk_ND, input_precision=PRECISION)
     return dk_ND, dv_ND
 
 
@@ -239,8 +254,8 @@ def attention_backward_dkdv(
     j = start + tl.arange(0, BLOCK_N)
     ok_N = j < k_total
     rows_N = _row_of(j, k_patch, k_patches, k_prefix)
-    k_ND = _load_tile(k + head * k_head, rows_N, k_row, d, ok_N, HEAD_DIM, True)
-    v_ND = _load_tile(v + head * v_head, rows_N, v_row, d, ok_N, HEAD_DIM, True)
+    k_ND = _operand(_load_tile(k + head * k_head, rows_N, k_row, d, ok_N, HEAD_DIM, True), PRECISION)
+    v_ND = _operand(_load_tile(v + head * v_head, rows_N, v_row, d, ok_N, HEAD_DIM, True), PRECISION)
 
     dk_ND = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv_ND = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
