@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 import torch
 
 from benchmarks import workloads
 from hlip_kernels.backends.cuda import max_rows
+from hlip_kernels.backends.triton.config import FUSED_FROM
 from hlip_kernels.pattern import Plan
 from hlip_kernels.performance import RATES, predict
 from hlip_kernels.performance_short import predict_short
@@ -31,10 +33,15 @@ def table(gpu: str) -> str:
         w = workloads.make(name, full=True)
         for level in w.levels:
             models = {"Triton": predict}
-            if Plan.of(w.layout.pattern(level)).longest <= max_rows(w.head_dim, capability):
+            longest = Plan.of(w.layout.pattern(level)).longest
+            if longest <= max_rows(w.head_dim, capability):
                 models["CUDA"] = predict_short
+            if longest >= FUSED_FROM:
+                models["Triton, fast"] = partial(predict, deterministic=False)
             for backward in (False, True):
                 for kernels, model in models.items():
+                    if kernels == "Triton, fast" and not backward:  # the same
+                        continue
                     p = model(
                         w.layout,
                         level,

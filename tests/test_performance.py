@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hlip_kernels import Layout
-from hlip_kernels.backends.triton.config import config_for
+from hlip_kernels.backends.triton.config import FUSED_FROM, config_for
 from hlip_kernels.packs import packs_of
 from hlip_kernels.pattern import Plan
 from hlip_kernels.performance import LAUNCH, RATES, predict, predict_kernel
@@ -37,6 +37,55 @@ def test_the_share_of_padding_is_what_counting_by_hand_gives(kernel, prefix):
     sides = (config.block_m, config.block_n)
     computed, real = _issued(lengths, prefix, *(sides[::-1] if kernel.endswith("dkdv") else sides))
     assert predict_kernel(kernel, plan, 2, 64, torch.bfloat16, H200).useful == pytest.approx(real / computed)
+
+
+def test_the_fast_backward_pass_counts_what_it_issues_and_moves():
+    # 132 x 128 keys, one head: a tile of 128 keys for every multiprocessor, each over all rows.
+    rows, heads, dim = 132 * 128, 1, 64
+    layout = Layout.from_lengths([rows], num_prefix=0, levels=("study",))
+    plan = Plan.of(layout.pattern("study"))
+    config = config_for("attention_backward_fused", torch.bfloat16, dim, "hopper")
+    assert config.block_n == 128 and rows % config.block_m == 0
+    no_l2 = dataclasses.replace(H200, l2=1e30)
+    got = predict_kernel("attention_backward_fused", plan, heads, dim, torch.bfloat16, no_l2)
+    units = [128 * rows * 10 * dim / 4096, 128 * rows / 16, 128 * rows * 6 / 128]
+    assert got.overlapped == pytest.approx(max(units) / H200.clock + LAUNCH) and got.binds == "matrix"
+    assert got.serial == pytest.approx(sum(units) / H200.clock + LAUNCH)
+    assert got.memory == pytest.approx(rows * dim * (6 * 2 + 2 * 4) / H200.bandwidth)
+    got = predict_kernel("attention_backward_fused", plan, heads, dim, torch.bfloat16, H200)
+    added = 132 * rows * dim  # floats: by every tile of keys to every row
+    assert got.binds == "l2" and got.overlapped == pytest.approx(8 * added / H200.l2 + LAUNCH)
+    whole = predict(layout, "study", **{**BF16, "heads": heads}, backward=True, deterministic=False)
+    # Beside it: dO and O read and zeros written for delta, then the sums read and dQ written.
+    assert whole.memory == pytest.approx(rows * dim * (20 + 2 * 2 + 4 + 4 + 2) / H200.bandwidth)
+
+
+def test_the_fast_backward_pass_pays_for_long_segments_alone():
+    def gain(length, **options):
+        layout = Layout.from_lengths([length] * (65536 // length), num_prefix=0, levels=("study",))
+        kind = BF16 | {"heads": 12} | options
+        split, fast = (predict(layout, "study", **kind, backward=True, deterministic=d) for d in (True, False))
+        return split.overlapped / fast.overlapped, split.serial / fast.serial
+
+    assert gain(8192)[0] > 1.2 and gain(8192)[1] > 1.5
+    assert max(gain(256)) < 1 < min(gain(1100))
+    overlapped, serial = gain(FUSED_FROM)  # between the lengths from which one bound and the other says it pays
+    assert overlapped < 1 < serial
+    # No tiles: the same kernels.
+    assert gain(8192, head_dim=256) == gain(8192, dtype=torch.float32) == (1, 1)
+
+
+def test_tf32_products_take_twice_the_time_of_16_bit_ones_and_their_operands_are_rounded():
+    layout = Layout.from_lengths([12800], num_prefix=0, levels=("study",))
+    kind = {"heads": 1, "head_dim": 64, "dtype": torch.float32, "rates": H200}
+    got = predict(layout, "study", **kind, allow_tf32=True)
+    block = config_for("attention_forward", torch.float32, 64, "hopper", allow_tf32=True).block_m
+    assert block == 128
+    logits = 128 * 12800
+    units = [logits * 4 * 64 / 2048, logits / 16, logits * (5 + 3 + 3 * 2 * 64 / 128) / 128]
+    assert got.overlapped == pytest.approx(max(units) / H200.clock + LAUNCH)
+    assert got.serial == pytest.approx(sum(units) / H200.clock + LAUNCH)
+    assert predict(layout, "study", **kind).overlapped > 4 * got.overlapped
 
 
 def test_one_long_segment_takes_as_long_as_its_units():
