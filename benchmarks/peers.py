@@ -17,6 +17,8 @@ from torch import Tensor
 
 from hlip_kernels import attention
 from hlip_kernels.backends import BACKENDS, Query
+from hlip_kernels.backends.base import Numerics
+from hlip_kernels.backends.triton import is_fused
 from hlip_kernels.pattern import Plan
 
 from .workloads import Workload
@@ -24,11 +26,13 @@ from .workloads import Workload
 
 @dataclass(frozen=True)
 class Peer:
-    """``run(q, k, v) -> out``; ``backward`` says whether gradients flow through it here."""
+    """``run(q, k, v) -> out``; ``backward`` says whether gradients flow through it here, ``forward`` whether its forward pass
+    is worth a row: not where it is another's."""
 
     name: str
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     backward: bool = True
+    forward: bool = True
 
 
 def peers(workload: Workload, level: str, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Peer]]:
@@ -40,6 +44,9 @@ def peers(workload: Workload, level: str, device: torch.device, dtype: torch.dty
         # The interpreter is for tests, the reference for truth: neither is worth a row.
         if name != "reference" and backend.supports(query) and not (name == "triton" and device.type == "cpu"):
             made[f"hlip {name}"] = lambda name=name: _ours(workload, level, device, name)
+    fast = Numerics(deterministic=False)
+    if "hlip triton" in made and is_fused(device, dtype, workload.head_dim, plan.longest, fast):
+        made["hlip triton fast"] = lambda: _ours(workload, level, device, "triton", fast=True)
     made["published path"] = lambda: _published(workload, level, device)
     made["padded SDPA"] = lambda: _padded(workload, level, device)
     made["FlexAttention"] = lambda: _flex(workload, level, device)
@@ -71,9 +78,12 @@ def _equal_lengths(workload: Workload, level: str) -> bool:
     return len(set(np.diff(workload.layout.host_offsets(level)).tolist())) == 1
 
 
-def _ours(workload: Workload, level: str, device: torch.device, backend: str) -> Peer:
+def _ours(workload: Workload, level: str, device: torch.device, backend: str, fast: bool = False) -> Peer:
+    """One of our backends; ``fast`` with ``deterministic=False``, which changes the backward pass alone."""
     layout = workload.layout.to(device)
-    return Peer(f"hlip {backend}", lambda q, k, v: attention(q, k, v, layout, level, backend=backend))
+    options = {"backend": backend, "deterministic": not fast}
+    name = f"hlip {backend} fast" if fast else f"hlip {backend}"
+    return Peer(name, lambda q, k, v: attention(q, k, v, layout, level, **options), forward=not fast)
 
 
 def _published(workload: Workload, level: str, device: torch.device) -> Peer:

@@ -51,6 +51,8 @@ def test_forward(benchmark, workload, name, level, implementation):
     w = workload(name)
     (q, k, v, _), (truth, *_) = _inputs(w, level)
     peer = peers(w, level, device(), dtype())[implementation]()
+    if not peer.forward:
+        pytest.skip(f"{implementation} differs in its backward pass alone")
     live = w.layout.prefix_rows(level).stop
     if _comparable(w, level, implementation):
         assert relative_error(peer.run(q, k, v)[:live], truth[:live]) < tolerance()
