@@ -1,0 +1,384 @@
+"""What the compiler makes of every Hopper kernel: registers, shared memory, spills, products, and whether things overlap.
+
+    python -m hlip_kernels.resources_hopper
+    python -m hlip_kernels.resources_hopper --csv tests/codegen/hopper-3.8.csv    # what the tests compare with
+
+Needs no GPU: kernels are compiled for sm_90a and read as machine code, with the tools that triton ships. ptxas decides
+the order of instructions, and what was written to go on at once may not; so each loop that multiplies is followed through:
+how many products are in flight when its exponentials are computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from .backends.hopper import constants_of
+from .backends.hopper.config import HEAD_DIMS, KERNELS, Config
+
+SHARED_MEMORY = 232448  # bytes that one program may use
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# Compile-time constants that no table holds, by the kernel's name: all that are worth telling apart.
+VARIANTS = {
+    "attention_backward_dq": ({"HAS_GRAD_LSE": True},),
+    "attention_backward_fused": ({"ORDERED": True}, {"ORDERED": False}),
+}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One machine instruction: its name with modifiers, its operands, and whether a predicate guards it."""
+
+    name: str
+    operands: str
+    guarded: bool
+
+    @property
+    def kind(self) -> str:
+        """What it is to the order of things; empty for most."""
+        if self.name.startswith("HGMMA"):
+            return "product"
+        if self.name.startswith("WARPGROUP.DEPBAR"):
+            return f"wait {int(re.search(r'0x[0-9a-f]+', self.operands).group(), 16)}"
+        if self.name.startswith(("STL", "LDL")):
+            return "spill"
+        return {"MUFU.EX2": "exp2", "BAR.SYNC.DEFER_BLOCKING": "barrier"}.get(self.name, "")
+
+    @property
+    def targets(self) -> list[str]:
+        """Labels it may jump to."""
+        return re.findall(r"\.L_x_\d+", self.operands) if self.name.startswith(("BRA", "BRX", "JMP")) else []
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction may follow."""
+        if self.name in ("EXIT", "RET.REL.NODEC", "BRX", "JMP"):
+            return self.guarded and self.name != "BRX"
+        return self.name != "BRA" or self.guarded or not self.operands.startswith("`")
+
+
+@dataclass(frozen=True)
+class HopperResources:
+    """Figures of one compiled kernel.
+
+    Attributes:
+        variant: compile-time constants beside those of the table.
+        registers: that ptxas counts at the start. spill_bytes: local memory of a thread.
+        loop_spills: instructions that load or store local memory, in loops with products and exponentials. summer_spills: in
+            loops with products alone, those of the group that adds up dQ.
+        products, tma_loads: instructions (HGMMA, UTMALDG). serialized: ptxas says that it made products wait for one another.
+        exponentials: instructions in those loops. overlapped: those with a product in flight.
+        unsynchronised: arrivals at a barrier, and products, that a warp may reach before the others' stores and waits.
+        order: of the first such loop that has exponentials.
+    """
+
+    kernel: str
+    variant: str
+    dtype: str
+    head_dim: int
+    consumers: int
+    block: int
+    stages: int
+    registers: int
+    shared_memory: int
+    spill_bytes: int
+    loop_spills: int
+    summer_spills: int
+    products: int
+    tma_loads: int
+    serialized: int
+    exponentials: int
+    overlapped: int
+    unsynchronised: int
+    order: str
+
+
+def compile_kernel(kernel: str, dtype: str, head_dim: int, variant: dict | None = None, config: Config | None = None):
+    """Compiles one kernel for sm_90a: triton's compiled kernel, whose ``asm`` has the PTX and the cubin.
+
+    Raises:
+        RuntimeError: triton's interpreter is on.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from .backends.hopper import _tile_layout, backward, forward, fused_backward
+    from .backends.triton import interpreted
+
+    if interpreted():
+        raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process, unset it")
+    variant = variant or {}
+    config = config or KERNELS[kernel][head_dim]
+    function = next(vars(module)[kernel] for module in (forward, backward, fused_backward) if kernel in vars(module))
+    constants = constants_of(config, head_dim) | variant
+    constants |= {"DS_STAGES": config.summer_stages, "SUMMER_REGISTERS": config.summer_registers}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    element = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
+    layout = _tile_layout(gl, DTYPES[dtype], config.block, head_dim)
+    signature, attributes = {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_desc"):
+            signature[name] = f"tensordesc<{element}[{config.block}, {head_dim}],{layout!r}>"
+        else:
+            signature[name] = _argument_type(name, element)
+        # As at launch: addresses and strides of real tensors are multiples of 16.
+        stride = name.endswith(("_row", "_head")) and not name.startswith("dlse")
+        if signature[name].startswith("*") or stride:
+            attributes[i,] = [["tt.divisibility", 16]]
+    options = {"num_warps": 4, "maxnreg": config.max_registers, "enable_fp_fusion": True}
+    options["launch_cooperative_grid"] = bool(variant.get("ORDERED"))
+    source = GluonASTSource(function, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def _argument_type(name: str, element: str) -> str:
+    if name in ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"):
+        return f"*{element}"
+    if name in ("lse", "grad_lse", "delta", "dq_sum"):
+        return "*fp32"
+    if name in ("tiles", "records", "turns"):
+        return "*i32"
+    return "fp32" if name.startswith("scale") or name == "sign" else "i32"
+
+
+def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None = None) -> HopperResources:
+    """Compiles one kernel and reads its figures."""
+    config = KERNELS[kernel][head_dim]
+    compiled = compile_kernel(kernel, dtype, head_dim, variant)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", cubin).stdout
+        blocks = parse(_run("nvdisasm", "-c", cubin).stdout)
+        said = _run("ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder, "again.cubin"))
+    code = [i for block in blocks for i in block.instructions]
+    loops = multiplying_loops(blocks)
+    found = [in_flight(loop) for loop in loops]
+    orders = [order_of(loop) for loop, (exponentials, _) in zip(loops, found, strict=True) if exponentials]
+    return HopperResources(
+        kernel, " ".join(f"{k}={v}" for k, v in (variant or {}).items()), dtype, head_dim,
+        config.consumers, config.block, config.stages,
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        shared_memory=compiled.metadata.shared,
+        spill_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1)),
+        loop_spills=sum(_spills(loop) for loop, (exponentials, _) in zip(loops, found, strict=True) if exponentials),
+        summer_spills=sum(_spills(loop) for loop, (exponentials, _) in zip(loops, found, strict=True) if not exponentials),
+        products=sum(i.kind == "product" for i in code),
+        tma_loads=sum(i.name.startswith("UTMALDG") for i in code),
+        serialized=int("serializ" in (said.stdout + said.stderr).lower()),
+        exponentials=sum(exponentials for exponentials, _ in found),
+        overlapped=sum(overlapped for _, overlapped in found),
+        unsynchronised=unsynchronised(code),
+        order=orders[0] if orders else "",
+    )  # fmt: skip
+
+
+def _run(tool: str, *arguments) -> subprocess.CompletedProcess:
+    """Runs one of the CUDA binaries in triton's own folder; the ptxas that triton itself takes for sm_90."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    path = get_ptxas(90).path if tool == "ptxas" else path
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True)
+
+
+@dataclass
+class Block:
+    """Instructions that run one after the other, and the numbers of the blocks that may follow."""
+
+    instructions: list[Instruction]
+    next: list[int]
+
+
+def parse(disassembly: str) -> list[Block]:
+    """The blocks of what ``nvdisasm -c`` prints, in the order of their addresses."""
+    blocks, starts = [[]], {}
+    for line in disassembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            if blocks[-1]:
+                blocks.append([])
+            starts[label.group(1)] = len(blocks) - 1
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*;.*)", line):
+            guard, name, operands = found.groups()
+            blocks[-1].append(Instruction(name, operands, guard is not None))
+            if blocks[-1][-1].targets or not blocks[-1][-1].falls_through:
+                blocks.append([])
+    linked = []
+    for i, block in enumerate(blocks):
+        after = [starts[t] for t in block[-1].targets if t in starts] if block else []
+        if i + 1 < len(blocks) and (not block or block[-1].falls_through):
+            after.append(i + 1)
+        linked.append(Block(block, after))
+    return linked
+
+
+def _dominators(blocks: list[Block]) -> list[int]:
+    """For every block, as bits: the blocks that every path from the start to it goes through."""
+    everything = (1 << len(blocks)) - 1
+    before = [[] for _ in blocks]
+    for i, block in enumerate(blocks):
+        for after in block.next:
+            before[after].append(i)
+    found = [1] + [everything] * (len(blocks) - 1)
+    changed = True
+    while changed:
+        changed = False
+        for i in range(1, len(blocks)):
+            common = everything
+            for j in before[i]:
+                common &= found[j]
+            if common | 1 << i != found[i]:
+                found[i], changed = common | 1 << i, True
+    return found
+
+
+def _natural_loops(blocks: list[Block]) -> dict[int, set[int]]:
+    """By first block, the blocks of every loop. One that nothing leads to (padding) is no loop."""
+    dominators = _dominators(blocks)
+    before = [[] for _ in blocks]
+    for i, block in enumerate(blocks):
+        for after in block.next:
+            before[after].append(i)
+    loops: dict[int, set[int]] = {}
+    for i, block in enumerate(blocks):
+        for head in block.next:
+            if dominators[i] >> head & 1:
+                body, todo = loops.setdefault(head, {head}), [i]
+                while todo:
+                    j = todo.pop()
+                    if j not in body:
+                        body.add(j)
+                        todo += before[j]
+    return loops
+
+
+def multiplying_loops(blocks: list[Block]) -> list[list[Instruction]]:
+    """The innermost loops with products in them: their instructions, by address from the loop's first block on."""
+    loops = {
+        head: body
+        for head, body in _natural_loops(blocks).items()
+        if any(i.kind == "product" for b in body for i in blocks[b].instructions)
+    }
+    innermost = [(head, body) for head, body in loops.items() if not any(other < body for other in loops.values())]
+    return [
+        [i for b in sorted(body, key=lambda b: (b < head, b)) for i in blocks[b].instructions]
+        for head, body in sorted(innermost)
+    ]
+
+
+def in_flight(loop: list[Instruction]) -> tuple[int, int]:
+    """The exponentials of a loop, and how many of them are computed with a product in flight."""
+    flying = exponentials = overlapped = 0
+    for again in (False, True):  # the second time begins with what the first has left in flight
+        for i in loop:
+            if i.kind == "product":
+                flying += "gsb0" in i.operands  # the last of a batch, which one wait covers
+            elif i.kind.startswith("wait"):
+                flying = min(flying, int(i.kind.split()[1]))
+            elif i.kind == "exp2" and again:
+                exponentials += 1
+                overlapped += flying > 0
+    return exponentials, overlapped
+
+
+def _spills(loop: list[Instruction]) -> int:
+    return sum(i.kind == "spill" for i in loop)
+
+
+def order_of(loop: list[Instruction]) -> str:
+    """``"4 product, 34 exp2, 4 product, wait 0"``."""
+    kinds = [i.kind for i in loop if i.kind and i.kind != "barrier"]
+    runs = [(kind, len(list(run))) for kind, run in groupby(kinds)]
+    return ", ".join(kind if kind.startswith("wait") else f"{count} {kind}" for kind, count in runs)
+
+
+def unsynchronised(code: list[Instruction]) -> int:
+    """Arrivals right after a store or a wait, and products right after a store, with no barrier of the warps between.
+
+    One warp arrives for all four, and a product reads what all four stored. Source order is that of the addresses here:
+    ptxas puts nothing but the repeated tries of a wait elsewhere.
+    """
+    count, stored, waited = 0, False, False
+    for i in code:
+        if i.name.startswith("BAR.SYNC"):
+            stored = waited = False
+        elif i.name.startswith(("STS", "FENCE.VIEW.ASYNC")):
+            stored = True
+        elif i.kind.startswith("wait"):
+            waited = True
+        elif i.name.startswith("SYNCS.ARRIVE"):
+            count += stored or waited
+        elif i.kind == "product":
+            count += stored
+    return count
+
+
+def shipped(dtypes=DTYPES, head_dims=HEAD_DIMS) -> Iterator[tuple[str, str, int, dict]]:
+    """``(kernel, dtype, head_dim, variant)`` of every configuration there is."""
+    for kernel, table in KERNELS.items():
+        for head_dim in table:
+            for dtype in dtypes:
+                for variant in VARIANTS.get(kernel, ({},)):
+                    if head_dim in head_dims:
+                        yield kernel, dtype, head_dim, variant
+
+
+def write_rows(rows: Iterable[HopperResources], path: Path) -> None:
+    """Rows as CSV, a line each."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(HopperResources)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_rows(path: Path) -> list[HopperResources]:
+    """What :func:`write_rows` wrote."""
+    with path.open(newline="") as file:
+        return [
+            HopperResources(**{f.name: row[f.name] if f.type == "str" else int(row[f.name]) for f in fields(HopperResources)})
+            for row in csv.DictReader(file)
+        ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hlip_kernels.resources_hopper", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
+    parser.add_argument("--csv", type=Path, help="also write the rows here")
+    args = parser.parse_args(argv)
+    rows = []
+    for combination in shipped(args.dtype, args.head_dim):
+        r = read_resources(*combination)
+        rows.append(r)
+        print(
+            f"{r.kernel} {r.variant} {r.dtype} D={r.head_dim}: {r.consumers} consumers, {r.stages} tiles of {r.block}\n"
+            f"  {r.registers} registers, {r.shared_memory} bytes shared, {r.spill_bytes} bytes spilled, "
+            f"{r.loop_spills} spills in loops, {r.summer_spills} in the summer's\n"
+            f"  {r.products} products, {r.tma_loads} TMA loads, {'serialized, ' * r.serialized}"
+            f"{r.overlapped} of {r.exponentials} exponentials with a product in flight, {r.unsynchronised} unsynchronised\n"
+            f"  {r.order}",
+            flush=True,
+        )
+    if args.csv:
+        write_rows(rows, args.csv)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Every shipped Hopper kernel compiled for sm_90a: its machine code held to limits, looked through for the overlap that the
+source asks for, and compared with what it was when last looked at (``tests/codegen``, one file for each version of triton).
+
+Runs without a GPU, in processes of its own: the interpreter that other tests use must be off.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from hlip_kernels.backends.hopper import _why_no_gluon
+from hlip_kernels.backends.hopper.config import KERNELS
+from hlip_kernels.resources_hopper import (
+    SHARED_MEMORY,
+    Instruction,
+    in_flight,
+    multiplying_loops,
+    order_of,
+    parse,
+    read_rows,
+    shipped,
+    unsynchronised,
+)
+
+RECORD = Path(__file__).parent / "codegen" / f"hopper-{'.'.join(version('triton').split('.')[:2])}.csv"
+needs_gluon = pytest.mark.skipif(bool(_why_no_gluon()), reason=_why_no_gluon())
+
+
+def check(row):
+    assert row.products > 0 and row.tma_loads == 2, row
+    assert 0 < row.shared_memory <= SHARED_MEMORY, row
+    # Of triton 3.9, one load in the loop over the last rows of a record; in the summer's loop, two addresses.
+    spills = 1 if row.kernel == "attention_backward_fused" else 0
+    assert row.loop_spills <= spills and row.summer_spills <= 2 and row.spill_bytes <= 128, row
+    assert not row.serialized and not row.unsynchronised, row
+    # Two loops of every consumer, one with masks, and in each all exponentials of a tile: a thread has 32 of its 64 x 64.
+    consumers = KERNELS[row.kernel][row.head_dim].consumers
+    assert row.exponentials >= 2 * consumers * 32 and row.overlapped == row.exponentials, row
+    first, then, *_, last = row.order.split(", ")
+    assert first.endswith("product") and last == "wait 0", row
+    if row.kernel == "attention_forward":  # the next logits begin, then exponentials with no wait before them, then values
+        kinds = [part.split()[-1] for part in row.order.split(", ")[:-1]]
+        assert kinds == ["product", "exp2", "product"], row
+
+
+@needs_gluon
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_products_loads_spills_and_overlap(dtype, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "hlip_kernels.resources_hopper", "--dtype", dtype, "--csv", str(tmp_path / "rows.csv")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_rows(tmp_path / "rows.csv")
+    assert len(rows) == len(list(shipped([dtype])))
+    for row in rows:
+        check(row)
+    if not RECORD.exists():
+        pytest.skip(
+            f"within limits, but there is no {RECORD.name} to compare with: make one (see hlip_kernels.resources_hopper)"
+        )
+    known = set(read_rows(RECORD))
+    changed = [row for row in rows if row not in known]
+    assert not changed, (
+        f"the machine code is not what {RECORD.name} says it was: {changed}. If that is an improvement or was meant: "
+        f"python -m hlip_kernels.resources_hopper --csv tests/codegen/{RECORD.name}, and say why in the commit"
+    )
+
+
+def test_every_shipped_configuration_is_on_record():
+    records = sorted(RECORD.parent.glob("hopper-*.csv"))
+    assert len(records) >= 3
+    for record in records:
+        rows = read_rows(record)
+        named = {(r.kernel, r.dtype, r.head_dim, r.variant) for r in rows}
+        expected = {(k, t, d, " ".join(f"{n}={v}" for n, v in variant.items())) for k, t, d, variant in shipped()}
+        assert named == expected, record
+        for row in rows:
+            config = KERNELS[row.kernel][row.head_dim]
+            sizes = (config.consumers, config.block, config.stages)
+            assert (row.consumers, row.block, row.stages) == sizes, f"{record.name} is out of date: {row}"
+            check(row)
+
+
+PRODUCT = Instruction("HGMMA.64x64x16.F32.BF16", "R24, gdesc[UR4], R24, gsb0 ;", False)
+EXP2 = Instruction("MUFU.EX2", "R1, R2 ;", False)
+BARRIER = Instruction("BAR.SYNC.DEFER_BLOCKING", "0x1, 0x80 ;", False)
+STORE, ARRIVE = Instruction("STS.128", "[R1], R4 ;", False), Instruction("SYNCS.ARRIVE.TRANS64.A1T0", "RZ, [UR4], RZ ;", True)
+
+
+def wait(n):
+    return Instruction("WARPGROUP.DEPBAR.LE", f"gsb0, {n:#x} ;", False)
+
+
+@pytest.mark.parametrize(
+    "loop, exponentials, overlapped",
+    [
+        ([PRODUCT, EXP2, EXP2, PRODUCT, wait(0)], 2, 2),
+        ([PRODUCT, wait(0), EXP2, EXP2, PRODUCT, wait(0)], 2, 0),
+        ([EXP2, PRODUCT, EXP2, wait(0)], 2, 1),
+        ([EXP2, wait(0), EXP2, PRODUCT], 2, 1),  # what the turn before has left in flight
+        ([PRODUCT, PRODUCT, wait(1), EXP2, wait(0), EXP2], 2, 1),
+    ],
+)
+def test_products_in_flight(loop, exponentials, overlapped):
+    assert in_flight(loop) == (exponentials, overlapped)
+
+
+def test_the_order_of_a_loop():
+    assert order_of([PRODUCT, PRODUCT, BARRIER, EXP2, STORE, EXP2, wait(1)]) == "2 product, 2 exp2, wait 1"
+
+
+@pytest.mark.parametrize(
+    "code, count",
+    [
+        ([PRODUCT, wait(0), BARRIER, ARRIVE, ARRIVE], 0),
+        ([PRODUCT, wait(0), ARRIVE], 1),
+        ([BARRIER, wait(0), EXP2, ARRIVE], 1),
+        ([STORE, ARRIVE, BARRIER], 1),
+        ([STORE, PRODUCT], 1),
+        ([STORE, BARRIER, PRODUCT, wait(0), BARRIER, ARRIVE], 0),
+    ],
+)
+def test_what_no_barrier_orders(code, count):
+    assert unsynchronised(code) == count
+
+
+def test_loops_are_found_in_a_disassembly():
+    """A loop in a loop, with a wait whose tries lie elsewhere, and padding at the end."""
+    text = """
+        /*0000*/                   STL [R1], R2 ;
+.L_x_0:
+        /*0010*/                   LDL R2, [R1] ;
+.L_x_1:
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*0030*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
+        /*0040*/              @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0050*/                   MUFU.EX2 R4, R5 ;
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/               @P1 BRA `(.L_x_1) ;
+        /*0080*/               @P2 BRA `(.L_x_0) ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
+        /*00b0*/              @!P0 BRA `(.L_x_3) ;
+        /*00c0*/                   BRA `(.L_x_2) ;
+.L_x_4:
+        /*00d0*/                   BRA `(.L_x_4);
+"""
+    (loop,) = multiplying_loops(parse(text))
+    assert [i.name.split(".")[0] for i in loop] == "HGMMA SYNCS BRA MUFU WARPGROUP BRA SYNCS BRA BRA".split()
+    assert in_flight(loop) == (1, 1) and order_of(loop) == "1 product, 1 exp2, wait 0"
