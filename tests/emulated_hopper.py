@@ -12,7 +12,6 @@ from attention_truth import make, naive_attention, naive_mask, relative, sdpa_by
 from gluon_emulation import DescriptorArgument, launch, load_kernels
 
 from hlip_kernels.backends import hopper
-from hlip_kernels.backends import triton as triton_backend
 from hlip_kernels.backends.base import Numerics, Support
 from hlip_kernels.pattern import Plan
 
@@ -30,15 +29,6 @@ def kernels():
     return load_kernels(sources())
 
 
-class _Triton(triton_backend.TritonBackend):
-    """What the hopper backend leaves to Triton's kernels, without a GPU."""
-
-    def delta(self, out, grad_out, grad_lse, has_grad_lse):
-        """``rowsum(dO * O) - dLSE``, and the zeros that dQ is added to."""
-        delta = (out.float() * grad_out.float()).sum(-1).T.contiguous()
-        return delta - grad_lse if has_grad_lse else delta, torch.zeros(out.shape, dtype=torch.float32)
-
-
 class EmulatedHopperBackend(hopper.HopperBackend):
     """Takes what the hopper backend takes, on CPU tensors.
 
@@ -49,8 +39,6 @@ class EmulatedHopperBackend(hopper.HopperBackend):
         seed: of the order in which things happen; each launch takes the next.
         written: by kernel, how often its last launch wrote each element of its tensor arguments.
     """
-
-    triton = _Triton()
 
     def __init__(self, found=None, programs: int | None = None, ordered: bool = False, far: bool = False, seed: int = 0):
         super().__init__(ordered)

@@ -129,7 +129,7 @@ class HopperBackend(Backend):
         """All three at once: five products, and dQ summed in float32."""
         num_rows, heads, head_dim = q.shape
         dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
-        delta, dq_sum = self.triton.delta(out, grad_out, grad_lse, has_grad_lse)
+        delta, dq_sum = self.prepare(out, grad_out, grad_lse, has_grad_lse)
         config = BACKWARD_FUSED[head_dim]
         turns = torch.zeros(lse.shape if ordered else (1,), dtype=torch.int32, device=q.device)
         tiles, records = plan.tiles(config.rows, q.device, transposed=True)
@@ -144,6 +144,7 @@ class HopperBackend(Backend):
         return dq_sum.to(q.dtype), dk, dv
 
     triton = triton_backend.TritonBackend()
+    prepare = staticmethod(triton_backend.prepare_fused)
 
     def launch(self, name: str, config: Config, items: int, loaded: list[torch.Tensor], *args, **constants) -> None:
         """Runs kernel ``name`` with a program for each multiprocessor, or for each item if there are fewer.

@@ -124,29 +124,35 @@ def _fused_backward(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, s
     """delta, then all three gradients at once; dQ is summed in float32 by atomic additions, in any order."""
     from . import fused_backward as kernels
 
-    num_rows, heads, head_dim = q.shape
-    family = family_of(q.device)
+    heads, head_dim = q.shape[1:]
     dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
-    dq_sum = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
+    delta, dq_sum = prepare_fused(out, grad_out, grad_lse, has_grad_lse, tf32)
+    config = config_for("attention_backward_fused", q.dtype, head_dim, family_of(q.device), tf32)
+    tiles, records = plan.tiles(config.block_n, q.device, transposed=True)
+    _launch(
+        kernels.attention_backward_fused, config, tiles, heads, head_dim, tf32, q.device,
+        q, k, v, grad_out, lse, delta, dq_sum, dk, dv, tiles, records,
+        *_strides(q, k, v, grad_out, dq_sum, dk, dv), q.shape[0], scale, scale * _LOG2_E,
+    )  # fmt: skip
+    return dq_sum.to(q.dtype), dk, dv
 
-    config = config_for("attention_backward_delta", q.dtype, head_dim, family, tf32)
-    with _on(q.device):
+
+def prepare_fused(out, grad_out, grad_lse, has_grad_lse, tf32=False) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rowsum(dO * O) - dLSE``, float32 ``(H, R)``, and zeros to sum dQ in, float32 ``(R, H, D)``: one kernel."""
+    from . import fused_backward as kernels
+
+    num_rows, heads, head_dim = out.shape
+    dq_sum = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    delta = torch.empty((heads, num_rows), dtype=torch.float32, device=out.device)
+    config = config_for("attention_backward_delta", out.dtype, head_dim, family_of(out.device), tf32)
+    with _on(out.device):
         kernels.attention_backward_delta[(-(-num_rows // config.block_m), heads)](
             out, grad_out, grad_lse, delta, dq_sum,
             *_strides(out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *_strides(dq_sum), num_rows,
             HAS_GRAD_LSE=has_grad_lse, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
-
-    config = config_for("attention_backward_fused", q.dtype, head_dim, family, tf32)
-    tiles, records = plan.tiles(config.block_n, q.device, transposed=True)
-    _launch(
-        kernels.attention_backward_fused, config, tiles, heads, head_dim, tf32, q.device,
-        q, k, v, grad_out, lse, delta, dq_sum, dk, dv, tiles, records,
-        *_strides(q, k, v, grad_out, dq_sum, dk, dv), num_rows, scale, scale * _LOG2_E,
-    )  # fmt: skip
-    return dq_sum.to(q.dtype), dk, dv
+    return delta, dq_sum
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
