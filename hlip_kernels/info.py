@@ -10,6 +10,7 @@ import torch
 
 from . import __version__, native
 from .backends import BACKENDS, Query, auto, decide
+from .backends.flash import FlashBackend
 
 _PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "timm", "transformers", "accelerate", "SimpleITK", "pydicom")
 
@@ -46,12 +47,19 @@ def report() -> str:
     for query in _queries():
         line = decide(query)
         lines.append(f"  {query}:")
-        lines.append(f"    auto       {line.backend}: {line.evidence}")
+        lines.append(f"    auto           {line.backend}: {line.evidence}")
         for name, backend in BACKENDS.items():
-            lines.append(f"    {name:10} {backend.supports(query)}")
+            lines.append(f"    {name:14} {backend.supports(query)}")
+    gpu = _queries()[-1]
+    lines += ["", f"the flash backend delegates to the first of these that can, here for {gpu}:"]
+    lines += [f"  {line}" for line in flash_attention(gpu, BACKENDS["flash"])]
     lines += [
-        "  the triton kernels are tested in triton's interpreter and compiled for sm_80, sm_90, sm_100 and gfx942,",
-        "  the cuda kernels in an emulator of a thread block; neither has run on a GPU yet",
+        "",
+        "not run on a GPU yet:",
+        "  the triton kernels: tested in triton's interpreter and compiled for sm_80, sm_90, sm_100 and gfx942",
+        "  the cuda kernels: tested in an emulator of a thread block",
+        "  the hopper kernels: tested in an emulator of Gluon and compiled for sm_90",
+        "  the flash backend: tested around a stand-in",
     ]
     return "\n".join(lines)
 
@@ -68,6 +76,16 @@ def _short_attention() -> list[str]:
         names = ", ".join(f"sm_{major}{minor}" for major, minor in cards)
         limits = ", ".join(f"{max_rows(d, cards[0])} at {d}" for d in HEAD_DIMS)
         lines.append(f"  {size >> 10} KB ({names}): {limits}")
+    return lines
+
+
+def flash_attention(query: Query, backend: FlashBackend) -> list[str]:
+    """Each implementation that the flash backend knows, its version, and whether the query would go to it."""
+    chosen = backend.implementation(query)
+    lines = []
+    for implementation, (name, why) in zip(backend.implementations, backend.reasons(query), strict=True):
+        found = f"{name} {implementation.version()}".strip()
+        lines.append(f"{name}: {why}" if why else f"{found}: {'would' if implementation is chosen else 'could'} be used")
     return lines
 
 

@@ -6,7 +6,7 @@ the same answer serves ``auto``, the error of an explicit choice, the tests' sha
 
 from __future__ import annotations
 
-from . import auto, cuda, reference, sdpa, triton
+from . import auto, cuda, flash, hopper, reference, sdpa, triton
 from .base import Backend, Query, Support
 
 BACKENDS: dict[str, Backend] = {
@@ -14,6 +14,9 @@ BACKENDS: dict[str, Backend] = {
     "sdpa": sdpa.SdpaBackend(),
     "triton": triton.TritonBackend(),
     "cuda": cuda.CudaBackend(),
+    "hopper": hopper.HopperBackend(),
+    "hopper_ordered": hopper.HopperBackend(ordered=True),
+    "flash": flash.FlashBackend(),
 }
 
 
