@@ -1,15 +1,17 @@
 # make demo   train on simulated studies and show what was learnt: everything from a bare Python 3.10+
 # make test   all tests, likewise
 # make gpu    on a machine with an NVIDIA GPU and torch >= 2.11: build, GPU tests, sanitizer, benchmarks, into $(OUT)
+# make stress attention on random layouts against float64 for ten minutes (MINUTES=...), on the GPU if there is one
 # make bench  benchmarks on this machine
 
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= runs/gpu
+MINUTES ?= 10
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench gpu stress lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +45,9 @@ lint: $(VENV)/.installed-all
 # No virtual environment and no network here: the Python that already has torch is the one with the right CUDA.
 gpu:
 	$(PYTHON) tools/gpu_gate.py --out $(OUT)
+
+stress:
+	$(PYTHON) tools/stress.py --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) build *.egg-info hlip_kernels/*.so hlip_kernels/_build_note.txt

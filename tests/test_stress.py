@@ -208,6 +208,22 @@ def test_a_lost_gpu_means_a_new_process(monkeypatch, capsys):
     assert "22 cases from 8 on, 22 runs of backends, 1 failed (seed 3)" in capsys.readouterr().out
 
 
+def test_the_gate_and_make_call_it(tmp_path, monkeypatch):
+    """Without a GPU the gate does not run; that its steps name what is there can be told all the same."""
+    import gpu_gate
+
+    steps = {name: command for name, command, _ in gpu_gate.steps(tmp_path)}
+    order = list(steps)
+    assert order.index("benchmarks-attention") < order.index("stress")
+    for command in steps.values():
+        files = [part for part in command if part.endswith(".py")]
+        assert all((gpu_gate.ROOT / file).exists() for file in files)
+    monkeypatch.setattr(stress, "stress", lambda args: (args.minutes, args.device) != (0.6, "cuda"))
+    assert stress.main(steps["stress"][2:]) == 0
+    made = subprocess.run(["make", "-n", "stress", "MINUTES=3", "PYTHON=py"], cwd=gpu_gate.ROOT, capture_output=True, text=True)
+    assert made.stdout.strip() == "py tools/stress.py --minutes 3"
+
+
 def test_draws_repeat_and_reach_everything():
     drawn = [stress.draw(1, n, 200) for n in range(600)]
     assert drawn == [stress.draw(1, n, 200) for n in range(600)] and drawn != [stress.draw(2, n, 200) for n in range(600)]

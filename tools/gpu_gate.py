@@ -1,9 +1,10 @@
-"""The GPU gate: build, GPU tests, compute-sanitizer, benchmarks, in one call and under ten minutes.
+"""The GPU gate: build, GPU tests, compute-sanitizer, benchmarks, a short stress run, in one call and under ten minutes.
 
     python tools/gpu_gate.py --out FOLDER
 
 Runs in a Python that already has torch >= 2.11 and needs no network. Every step has a time limit and a log of its own; a
-failing step does not stop the others. FOLDER gets summary.txt, one log per step, benchmarks.json, rows.csv and auto.json.
+failing step does not stop the others. FOLDER gets summary.txt, one log per step, the benchmarks' JSON, rows.csv, roofline.svg
+and auto.json. ``make stress`` is the long stress run.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ def steps(out: Path) -> list[tuple[str, list[str], int]]:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     case = [PYTHON, "tools/sanitizer_case.py"]
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    tests = sorted(f"tests/{path.name}" for path in ROOT.glob("tests/test_gpu*.py") if path.name != "test_gpu_limits.py")
     return [
         ("build", [PYTHON, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--editable", "."], 120),
         ("info", [PYTHON, "-m", "hlip_kernels.info"], 30),
-        ("tests", [*pytest, "tests/test_gpu.py"], 150),
+        ("tests", [*pytest, *tests], 180),
         ("memcheck", [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *case], 60),
         ("racecheck", [sanitizer, "--tool", "racecheck", "--error-exitcode", "1", *case], 60),
         ("initcheck", [sanitizer, "--tool", "initcheck", "--error-exitcode", "1", *case], 60),
@@ -38,6 +40,9 @@ def steps(out: Path) -> list[tuple[str, list[str], int]]:
                                   f"--benchmark-json={out / 'attention.json'}"], 240),
         # Which backend is fastest for which length of segments: what the shipped table of auto should say.
         ("auto", [PYTHON, "-m", "hlip_kernels.measure_auto", "--out", str(out / "auto.json")], 45),
+        # Random layouts against float64, then the far ends: what the tests above leave to chance.
+        ("stress", [PYTHON, "tools/stress.py", "--minutes", "0.6", "--device", "cuda"], 50),
+        ("limits", [*pytest, "tests/test_gpu_limits.py"], 90),
         ("benchmarks-ops", [*pytest, "benchmarks/test_ops.py", "--benchmark-quiet",
                             f"--benchmark-json={out / 'ops.json'}"], 40),
         ("benchmarks-model", [*pytest, "benchmarks/test_model.py", "--benchmark-quiet",
@@ -74,6 +79,8 @@ def main() -> int:
     if rows:
         subprocess.run([PYTHON, "-m", "benchmarks.report", *rows, "--rows", str(out / "rows.csv")], cwd=ROOT, check=False)
         subprocess.run([PYTHON, "-m", "benchmarks.report", str(out / "rows.csv")], cwd=ROOT, check=False)
+        drawn = [PYTHON, "-m", "benchmarks.roofline", str(out / "rows.csv"), "--out", str(out / "roofline.svg")]
+        subprocess.run(drawn, cwd=ROOT, check=False)
     summary = "\n".join("{:22} {:28} {:6.1f} s".format(*r) for r in results)
     (out / "summary.txt").write_text(summary + "\n")
     (out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
