@@ -219,18 +219,20 @@ def test_the_stand_in_would_show_a_leak(flash):
     assert out[:87].isnan().any() and grad[:87].isnan().any()
 
 
+@pytest.mark.parametrize("lengths", [RAGGED, [[[5, 17]]], [[[5]]]], ids=["many", "two", "one"])
 @pytest.mark.parametrize("apart", [0, 31, 256])
-def test_segments_are_far_enough_apart(apart):
-    layout = make(RAGGED, 2, 16)
+def test_segments_are_far_enough_apart(apart, lengths):
+    layout = make(lengths, 2, 16)
     plan = Plan.of(layout.pattern("slice"))
     segments = segments_of(plan, torch.device("cpu"), apart)
     bounds, rows, place = segments.cu_seqlens.tolist(), segments.rows, segments.place
     assert bounds[-1] == segments.total == len(rows)
     live = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if rows[a] >= 0]
-    wanted = [n + 2 for study in RAGGED for scan in study for n in scan]  # empty slices have prefix rows
+    wanted = [n + 2 for study in lengths for scan in study for n in scan]  # empty slices have prefix rows
     assert [b - a for a, b in live] == wanted
     for a, b in live:
-        assert (rows[a:b] >= 0).all() and (rows[b : b + apart] == -1).all()
+        between = rows[b : b + apart]
+        assert (rows[a:b] >= 0).all() and (between == -1).all() and len(between) in (0 if b == segments.total else apart, apart)
     at = torch.arange(segments.total)[rows >= 0]
     assert torch.equal(place[rows[at].long()].long(), at)
     assert (place >= 0).sum() == len(at) == layout.prefix_rows("slice").stop
