@@ -174,7 +174,9 @@ class Case:
 
 def _strided(t: torch.Tensor, strides: str, number: int) -> torch.Tensor:
     if strides == "mixed":
-        strides = ("packed", "contiguous", "heads first")[number]
+        strides = ("packed", "contiguous", "heads apart")[number]
     if strides == "heads first":
         return t.transpose(0, 1).contiguous().transpose(0, 1)
+    if strides == "heads apart":
+        return torch.nn.functional.pad(t, (0, 8))[..., : t.shape[-1]]
     return t.contiguous() if strides == "contiguous" else t

@@ -166,6 +166,7 @@ class HopperBackend(Backend):
                 **constants_of(config, loaded[0].shape[-1]),
                 num_warps=4,
                 maxnreg=config.max_registers,
+                enable_fp_fusion=True,
                 launch_cooperative_grid=bool(constants.get("ORDERED")),
             )
 
@@ -197,7 +198,8 @@ def _loadable(t: torch.Tensor) -> torch.Tensor:
     """``t``, or a copy where TMA could not load it: it wants 16-byte addresses and strides, and 32-bit coordinates."""
     row, head = t.stride()[:2]
     unit = 16 // t.element_size()
-    fits = row > 0 and row % unit == 0 and head > 0 and head % unit == 0 and t.data_ptr() % 16 == 0
+    apart = row >= extent(t)[1]  # not heads first: what the driver says of rows that overlap is not known here
+    fits = apart and row % unit == 0 and head > 0 and head % unit == 0 and t.data_ptr() % 16 == 0
     return t if fits and extent(t)[1] < 2**31 else t.contiguous()
 
 

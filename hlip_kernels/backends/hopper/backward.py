@@ -35,7 +35,7 @@ def as_operand(x, acc, dtype: gl.constexpr):
 @gluon.jit
 def _dq_step(
     dq_MD, q_smem, do_smem, lse_log2_M, delta_M, rings, used, left, scale_log2,
-    STAGES: gl.constexpr, MASK: gl.constexpr, LAST: gl.constexpr,
+    STAGES: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     """What key tile ``used`` adds to dQ. Its keys must be there; those of the next are, at the end, unless this is the last.
 
@@ -48,7 +48,7 @@ def _dq_step(
     dp_MN = begin_product(do_smem, v_smem, used, STAGES)
     logits_MN = warpgroup_mma_wait(1, deps=(logits_MN,))
     p_MN = gl.exp2(logits_MN * scale_log2 - lse_log2_M[:, None])
-    if MASK:
+    if LAST:
         n = gl.arange(0, p_MN.shape[1], layout=gl.SliceLayout(0, p_MN.type.layout))
         p_MN = gl.where((n < left)[None, :], p_MN, 0.0)
     if not LAST:
@@ -89,10 +89,8 @@ def _consume_dq(
         start = gl.load(tile + 1) + INDEX * ROWS
         q_patch, q_patches = gl.load(record), gl.load(record + 1)
         q_prefix, q_total = gl.load(record + 2), gl.load(record + 3) + q_patches
-        k_patches = gl.load(record + 5)
-        k_total = gl.load(record + 7) + k_patches
-        whole = k_patches // BLOCK_N
-        last = whole + (k_total - whole * BLOCK_N + BLOCK_N - 1) // BLOCK_N - 1
+        k_total = gl.load(record + 5) + gl.load(record + 7)
+        last = (k_total + BLOCK_N - 1) // BLOCK_N - 1
 
         i = start + m
         ok_M = i < q_total
@@ -113,20 +111,10 @@ def _consume_dq(
         dq_MD = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
         if last >= 0:
             await_use(full_k, used, STAGES)
-            unmasked = gl.minimum(whole, last)
-            for step in range(unmasked):
-                dq_MD = _dq_step(
-                    dq_MD, q_smem, do_smem, lse_log2_M, delta_M, rings, used + step, 0, scale_log2, STAGES, False, False
-                )
-            for step in range(unmasked, last):
-                left = k_total - step * BLOCK_N
-                dq_MD = _dq_step(
-                    dq_MD, q_smem, do_smem, lse_log2_M, delta_M, rings, used + step, left, scale_log2, STAGES, True, False
-                )
+            for step in range(last):  # all full: only the last tile of a record may not be
+                dq_MD = _dq_step(dq_MD, q_smem, do_smem, lse_log2_M, delta_M, rings, used + step, 0, scale_log2, STAGES, False)
             left = k_total - last * BLOCK_N
-            dq_MD = _dq_step(
-                dq_MD, q_smem, do_smem, lse_log2_M, delta_M, rings, used + last, left, scale_log2, STAGES, True, True
-            )
+            dq_MD = _dq_step(dq_MD, q_smem, do_smem, lse_log2_M, delta_M, rings, used + last, left, scale_log2, STAGES, True)
             used += last + 1
         values = gl.convert_layout((dq_MD * scale).to(q_smem.dtype), row_layout)
         store_rows(dq + head * dq_head, rows_M, dq_row, d, ok_M, values)

@@ -62,7 +62,7 @@ def _begin_values(
 
 
 @gluon.jit
-def _step(acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used, left, scale_log2, STAGES: gl.constexpr, MASK: gl.constexpr):
+def _step(acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used, scale_log2, STAGES: gl.constexpr):
     """Tile ``used`` from its logits on, while the logits of the next are computed.
 
     Three things keep ptxas (12.9 to 13.2) from undoing the overlap; ``tests/test_hopper_compile.py`` looks for it in the
@@ -72,7 +72,7 @@ def _step(acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used, left, scale_log2, 
     """
     k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
     next_MN = _begin_logits(q_MD, k_smem, full_k, used + 1, STAGES)
-    acc_MD, max_M, sum_M = _begin_values(acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, left, scale_log2, STAGES, MASK)
+    acc_MD, max_M, sum_M = _begin_values(acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, 0, scale_log2, STAGES, False)
     acc_MD, next_MN = warpgroup_mma_wait(0, deps=(acc_MD, next_MN))
     complete_use(empty_k, used + 1, STAGES)
     complete_use(empty_v, used, STAGES)
@@ -100,10 +100,8 @@ def _consume(tensors, numbers, rings, INDEX: gl.constexpr, STAGES: gl.constexpr)
         start = gl.load(tile + 1) + INDEX * ROWS
         q_patch, q_patches = gl.load(record), gl.load(record + 1)
         q_prefix, q_total = gl.load(record + 2), gl.load(record + 3) + q_patches
-        k_patches = gl.load(record + 5)
-        k_total = gl.load(record + 7) + k_patches
-        whole = k_patches // BLOCK_N
-        last = whole + (k_total - whole * BLOCK_N + BLOCK_N - 1) // BLOCK_N - 1
+        k_total = gl.load(record + 5) + gl.load(record + 7)
+        last = (k_total + BLOCK_N - 1) // BLOCK_N - 1
 
         i = start + m
         ok_M = i < q_total
@@ -118,15 +116,9 @@ def _consume(tensors, numbers, rings, INDEX: gl.constexpr, STAGES: gl.constexpr)
         if last >= 0:
             logits_MN = warpgroup_mma_wait(0, deps=(_begin_logits(q_MD, k_smem, full_k, used, STAGES),))
             complete_use(empty_k, used, STAGES)
-            unmasked = gl.minimum(whole, last)
-            for step in range(unmasked):
+            for step in range(last):  # all full: only the last tile of a record may not be
                 acc_MD, logits_MN, max_M, sum_M = _step(
-                    acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used + step, 0, scale_log2, STAGES, False
-                )
-            for step in range(unmasked, last):
-                left = k_total - step * BLOCK_N
-                acc_MD, logits_MN, max_M, sum_M = _step(
-                    acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used + step, left, scale_log2, STAGES, True
+                    acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used + step, scale_log2, STAGES
                 )
             used += last
             left = k_total - last * BLOCK_N
