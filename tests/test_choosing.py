@@ -1,5 +1,9 @@
 """Which backend runs, and what attention says no to: bad arguments, unsupported queries, explicit choices."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from attention_truth import RAGGED, make
@@ -91,3 +95,10 @@ def test_scale():
     expected = attention(q * 0.5, k, v, layout, "scan", scale=1.0)
     torch.testing.assert_close(attention(q, k, v, layout, "scan", scale=0.5), expected)
     torch.testing.assert_close(attention(q, k, v, layout, "scan"), attention(q, k, v, layout, "scan", scale=16**-0.5))
+
+
+def test_backends_can_be_done_without():
+    code = "from hlip_kernels.backends import BACKENDS; print(*BACKENDS)"
+    environment = os.environ | {"HLIP_KERNELS_WITHOUT": "hopper flash nonsense"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [name for name in BACKENDS if name not in ("hopper", "flash")]

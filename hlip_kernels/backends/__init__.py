@@ -6,6 +6,8 @@ the same answer serves ``auto``, the error of an explicit choice, the tests' sha
 
 from __future__ import annotations
 
+import os
+
 from . import auto, cuda, flash, hopper, reference, sdpa, triton
 from .base import Backend, Query, Support
 
@@ -18,6 +20,8 @@ BACKENDS: dict[str, Backend] = {
     "hopper_ordered": hopper.HopperBackend(ordered=True),
     "flash": flash.FlashBackend(),
 }
+for _name in os.environ.get("HLIP_KERNELS_WITHOUT", "").split():  # names of backends to do without, should one misbehave
+    BACKENDS.pop(_name, None)
 
 
 def choose(query: Query, name: str) -> Backend:
