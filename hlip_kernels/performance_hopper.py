@@ -236,7 +236,8 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
     bound = dealt.max() * clocks[binds] / rates.clock
     played = dealt.max() * clocks_per_step(kernel, config, head_dim, rates) / rates.clock
     balance = float(dealt.mean() / dealt.max()) if len(items) else 1.0
-    return Played(max(played, memory) + LAUNCH, max(bound, memory) + LAUNCH, binds if bound > memory else "memory", balance)
+    seconds = (float(max(time, memory)) + LAUNCH for time in (played, bound))
+    return Played(*seconds, binds if bound > memory else "memory", balance)
 
 
 def main() -> int:
