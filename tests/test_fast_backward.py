@@ -225,7 +225,10 @@ def test_tf32_changes_float32_alone():
             options = {"deterministic": deterministic}
             plain, allowed = (results(qkv, layout, "scan", weight, allow_tf32=tf32, **options) for tf32 in (False, True))
             for a, b in zip(plain, allowed, strict=True):
-                assert torch.equal(a, b) == (dtype == torch.float16)
+                if dtype == torch.float16:
+                    assert torch.equal(a, b)
+                elif a is not plain[1]:  # other tiles alone would differ by 1e-7
+                    assert 1e-4 < relative(b, a) < 2e-3
 
 
 @pytest.mark.parametrize("has_tf32", [True, False])

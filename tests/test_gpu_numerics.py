@@ -159,8 +159,8 @@ def test_rows_beyond_2_to_31_elements_in_the_fast_pass():
     layout = Layout.from_lengths([length] * count, levels=("study",)).to("cuda")
     q = torch.randn(layout.num_rows, heads, head_dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
     assert q.numel() > 2**31
-    if torch.cuda.mem_get_info()[0] < 16 * q.numel():
-        pytest.skip("needs 34 GB of memory")
+    if torch.cuda.mem_get_info()[0] < 20 * q.numel():
+        pytest.skip("needs 43 GB of memory")
     out = attention(q, q, q, layout, "study", backend="triton", deterministic=False)
     (grad,) = torch.autograd.grad(out, q, out.detach())
     alone = Layout.from_lengths([length], levels=("study",)).to("cuda")
