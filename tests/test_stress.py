@@ -72,6 +72,8 @@ class Broken:
     def backward(self, grad_out, grad_lse, *rest):
         if self.fault == "no gradient of lse":
             grad_lse = None
+        if self.fault.startswith("refuses") and grad_lse is not None:
+            raise NotImplementedError("no gradient through lse" if self.fault == "refuses lse" else "not today")
         dq, dk, dv = BACKENDS["sdpa"].backward(grad_out, grad_lse, *rest)
         if self.fault == "dv without its last head":
             dv[:, -1] = 0
@@ -93,6 +95,7 @@ class Broken:
         ("no gradient of lse", "dq: error"),
         ("dv without its last head", "dv: error"),
         ("dk of dead rows", "dk is not 0 in dead rows"),
+        ("refuses for no reason", "raised NotImplementedError: not today"),
         ("raises", "raised RuntimeError: out of paper"),
     ],
 )
@@ -133,6 +136,22 @@ def test_the_bound_is_sharp(dtype, logits, lse_gradient):
     if not lse_gradient:  # each row sees itself alone, so its logits have no gradient
         assert not alone.truth["dq"].any()
         assert alone.bound("dq") == pytest.approx(4 * eps * float(alone.truth["dv"].norm()))
+
+
+def test_the_gradient_through_lse_may_be_refused(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "broken", Broken("refuses lse"))
+    assert stress.main([*SMALL, "--cases", "12", "--backends", "broken"]) == 0
+
+
+def test_a_backend_is_asked_for_what_the_case_allows(monkeypatch, capsys):
+    class Deterministic(Broken):
+        def supports(self, query):
+            return Support.yes() if query.numerics.deterministic else Support.no("that must be repeatable")
+
+    monkeypatch.setitem(BACKENDS, "broken", Deterministic(""))
+    assert stress.main([*SMALL, "--cases", "12", "--backends", "broken"]) == 0
+    runs = sum(stress.draw(3, n, 40).deterministic for n in range(12))
+    assert 0 < runs < 12 and f"12 cases from 0 on, {runs} runs of backends, 0 failed" in capsys.readouterr().out
 
 
 def test_memory_that_nobody_wrote_is_seen(monkeypatch, capsys):
