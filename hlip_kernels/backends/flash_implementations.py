@@ -255,7 +255,7 @@ def _like(x: Tensor) -> Tensor:
 class TorchFlash(Implementation):
     """torch's own, the ops under ``torch.nn.attention.varlen``: the kernels of flash-attn 2.
 
-    Arguments that all versions from 2.11 on share, by position, for one of them has changed its name.
+    Called by position and without the newest options: looked at in torch 2.13 and 2.14, and earlier versions have other names.
     """
 
     name = "torch"
