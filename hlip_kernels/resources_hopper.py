@@ -114,19 +114,19 @@ def compile_kernel(kernel: str, dtype: str, head_dim: int, variant: dict | None 
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from .backends.hopper import _tile_layout, backward, forward, fused_backward
+    from .backends.hopper import kernel_named, tile_layout
     from .backends.triton import interpreted
 
     if interpreted():
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process, unset it")
     variant = variant or {}
     config = config or KERNELS[kernel][head_dim]
-    function = next(vars(module)[kernel] for module in (forward, backward, fused_backward) if kernel in vars(module))
+    function = kernel_named(kernel)
     constants = constants_of(config, head_dim) | variant
     constants |= {"DS_STAGES": config.summer_stages, "SUMMER_REGISTERS": config.summer_registers}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     element = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
-    layout = _tile_layout(gl, DTYPES[dtype], config.block, head_dim)
+    layout = tile_layout(gl, DTYPES[dtype], config.block, head_dim)
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:

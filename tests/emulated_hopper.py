@@ -16,7 +16,7 @@ from hlip_kernels.backends.base import Numerics, Support
 from hlip_kernels.pattern import Plan
 
 FOLDER = Path(hopper.__file__).parent
-FILES = ("ring", "forward", "backward", "fused_backward")
+FILES = ("ring", "forward", "backward_dq", "backward_keys")
 FAR = {"row": 2**25, "head": 2**12}  # strides that put every row but the first 64 beyond 32-bit addresses
 
 

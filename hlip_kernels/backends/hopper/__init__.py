@@ -153,13 +153,9 @@ class HopperBackend(Backend):
             loaded: ``(R, H, D)`` tensors whose tiles of ``config.block`` rows come by TMA.
             args: the kernel's other arguments, up to its constants. constants: those that are not in the config.
         """
-        from . import backward, forward, fused_backward
-
-        module = next(module for module in (forward, backward, fused_backward) if name in vars(module))
-        kernel = getattr(module, name)
         device = loaded[0].device
         with torch.cuda.device(device):
-            kernel[(min(items, _multiprocessors(device)),)](
+            kernel_named(name)[(min(items, _multiprocessors(device)),)](
                 *(_descriptor(t, config.block) for t in loaded),
                 *args,
                 **constants,
@@ -169,6 +165,13 @@ class HopperBackend(Backend):
                 enable_fp_fusion=True,
                 launch_cooperative_grid=bool(constants.get("ORDERED")),
             )
+
+
+def kernel_named(name: str):
+    """The kernel of that name; imports triton."""
+    from . import backward_dq, backward_keys, forward
+
+    return next(vars(module)[name] for module in (forward, backward_dq, backward_keys) if name in vars(module))
 
 
 def constants_of(config: Config, head_dim: int) -> dict[str, int]:
@@ -208,11 +211,11 @@ def _descriptor(t: torch.Tensor, rows: int):
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = _tile_layout(gl, t.dtype, rows, t.shape[-1])
+    layout = tile_layout(gl, t.dtype, rows, t.shape[-1])
     return TensorDescriptor(t, list(extent(t)), [t.stride(0), 1], [rows, t.shape[-1]], layout)
 
 
 @functools.cache
-def _tile_layout(gl, dtype: torch.dtype, rows: int, head_dim: int):
+def tile_layout(gl, dtype: torch.dtype, rows: int, head_dim: int):
     element = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
     return gl.NVMMASharedLayout.get_default_for([rows, head_dim], element)

@@ -13,12 +13,23 @@ Shape letters as in the Triton kernels: ``M`` query rows, ``N`` key rows, ``D`` 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from .ring import await_use, complete_use, load_rows, produce, row_of, store_rows
+from .ring import (
+    ROWS,
+    as_operand,
+    await_use,
+    begin_product,
+    complete_use,
+    item_of,
+    load_rows,
+    make_rings,
+    produce,
+    row_of,
+    store_rows,
+)
 
 LN_2 = gl.constexpr(0.6931471805599453)
-ROWS = gl.constexpr(64)  # query rows of a consumer: what one warpgroup product takes
 
 
 @gluon.jit
@@ -38,26 +49,15 @@ def _softmax(logits_MN, max_M, sum_M, scale_log2, left, MASK: gl.constexpr):
 
 
 @gluon.jit
-def _begin_logits(q_MD, k_smem, full_k, used, STAGES: gl.constexpr):
-    """Begins ``q k^T`` for key tile ``used``."""
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    await_use(full_k, used, STAGES)
-    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
-    return warpgroup_mma(q_MD, k_smem.index(used % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _begin_values(
     acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, left, scale_log2, STAGES: gl.constexpr, MASK: gl.constexpr
 ):
     """Softmax of the logits of tile ``used``, then begins the product of its probabilities with its values."""
-    layout: gl.constexpr = acc_MD.type.layout
     await_use(full_v, used, STAGES)
     p_MN, max_M, sum_M, shrink_M = _softmax(logits_MN, max_M, sum_M, scale_log2, left, MASK)
-    p_MN = gl.convert_layout(p_MN.to(v_smem.dtype), gl.DotOperandLayout(0, layout, 2))
-    acc_MD = acc_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, layout))[:, None]
-    acc_MD = warpgroup_mma(p_MN, v_smem.index(used % STAGES), acc_MD, is_async=True)
+    p_operand = as_operand(p_MN, acc_MD, v_smem.dtype)
+    acc_MD = acc_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, acc_MD.type.layout))[:, None]
+    acc_MD = warpgroup_mma(p_operand, v_smem.index(used % STAGES), acc_MD, is_async=True)
     return acc_MD, max_M, sum_M
 
 
@@ -65,13 +65,14 @@ def _begin_values(
 def _step(acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used, scale_log2, STAGES: gl.constexpr):
     """Tile ``used`` from its logits on, while the logits of the next are computed.
 
-    Three things keep ptxas (12.9 to 13.2) from undoing the overlap; ``tests/test_hopper_compile.py`` looks for it in the
+    Three things keep ptxas (12.8 to 13.4) from undoing the overlap; ``tests/test_hopper_compile.py`` looks for it in the
     machine code. The wait for the values' tile is a loop, over which it moves no product, so the next logits begin before the
     exponentials. The wait for the products covers the values' product too, which needs the exponentials, so it cannot come
     before them. And no accumulator is in flight when the loop turns: it would wait after every single product.
     """
     k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
-    next_MN = _begin_logits(q_MD, k_smem, full_k, used + 1, STAGES)
+    await_use(full_k, used + 1, STAGES)
+    next_MN = begin_product(q_MD, k_smem, used + 1, STAGES)
     acc_MD, max_M, sum_M = _begin_values(acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, 0, scale_log2, STAGES, False)
     acc_MD, next_MN = warpgroup_mma_wait(0, deps=(acc_MD, next_MN))
     complete_use(empty_k, used + 1, STAGES)
@@ -94,16 +95,12 @@ def _consume(tensors, numbers, rings, INDEX: gl.constexpr, STAGES: gl.constexpr)
     m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
     used = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        head = (item % heads).to(gl.int64)
-        tile = tiles + 2 * (item // heads)
-        record = records + gl.load(tile) * 8
-        start = gl.load(tile + 1) + INDEX * ROWS
-        q_patch, q_patches = gl.load(record), gl.load(record + 1)
-        q_prefix, q_total = gl.load(record + 2), gl.load(record + 3) + q_patches
-        k_total = gl.load(record + 5) + gl.load(record + 7)
+        head, start, own, met = item_of(tiles, records, item, heads)
+        q_patch, q_patches, q_prefix, q_total = own
+        _, _, _, k_total = met
         last = (k_total + BLOCK_N - 1) // BLOCK_N - 1
 
-        i = start + m
+        i = start + INDEX * ROWS + m
         ok_M = i < q_total
         rows_M = row_of(i, q_patch, q_patches, q_prefix)
         # In registers: a product of 64 x 64 with both sides in shared memory asks for all that it can give.
@@ -114,7 +111,8 @@ def _consume(tensors, numbers, rings, INDEX: gl.constexpr, STAGES: gl.constexpr)
         max_M = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
         sum_M = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
         if last >= 0:
-            logits_MN = warpgroup_mma_wait(0, deps=(_begin_logits(q_MD, k_smem, full_k, used, STAGES),))
+            await_use(full_k, used, STAGES)
+            logits_MN = warpgroup_mma_wait(0, deps=(begin_product(q_MD, k_smem, used, STAGES),))
             complete_use(empty_k, used, STAGES)
             for step in range(last):  # all full: only the last tile of a record may not be
                 acc_MD, logits_MN, max_M, sum_M = _step(
@@ -151,21 +149,7 @@ def attention_forward(
     the other: dealt out in turn, that leaves no multiprocessor idle for more than 1 part in 35 on the benchmarks' workloads.
     ``scale_log2`` is positive; ``sign`` is the scale's.
     """
-    dtype: gl.constexpr = k_desc.dtype
-    bar_layout: gl.constexpr = mbarrier.MBarrierLayout()
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], v_desc.layout)
-    full_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    full_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    empty_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    empty_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full_k.index(i), count=1)
-        mbarrier.init(full_v.index(i), count=1)
-        mbarrier.init(empty_k.index(i), count=CONSUMERS)
-        mbarrier.init(empty_v.index(i), count=CONSUMERS)
-
-    rings = (k_smem, v_smem, full_k, full_v, empty_k, empty_v)
+    rings = make_rings(k_desc, v_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)
     sources = (k_desc, v_desc, k, v, tiles, records)
     strides = (k_row, k_head, v_row, v_head, heads, num_items)
     tensors = (q, out, lse, tiles, records)

@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: row addresses, the barriers of a ring of tiles, and the producer that fills two rings.
+"""What the Hopper kernels share: items and their rows, products, two rings of tiles, and the producer that fills them.
 
 A ring has ``full`` and ``empty`` barriers, one of each for every stage. A counter gives stage and parity: use ``i`` of a ring
 of ``n`` stages is stage ``i % n``, round ``i // n``. What Gluon renamed between triton 3.6 and 3.9 has one name here.
@@ -6,10 +6,26 @@ of ``n`` stages is stage ``i % n``, round ``i // n``. What Gluon renamed between
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+ROWS = gl.constexpr(64)  # rows of a consumer: what one warpgroup product takes
+
+
+@gluon.jit
+def item_of(tiles, records, item, heads):
+    """An item: its head, the first position of its tile, and its record's rows, the tile's own and those they meet.
+
+    Rows are ``(patch, patches, prefix, total)``: the first patch row, how many there are, the first prefix row, rows in all.
+    """
+    tile = tiles + 2 * (item // heads)
+    record = records + gl.load(tile) * 8
+    own_patches, met_patches = gl.load(record + 1), gl.load(record + 5)
+    own = (gl.load(record), own_patches, gl.load(record + 2), gl.load(record + 3) + own_patches)
+    met = (gl.load(record + 4), met_patches, gl.load(record + 6), gl.load(record + 7) + met_patches)
+    return (item % heads).to(gl.int64), gl.load(tile + 1), own, met
 
 
 @gluon.jit
@@ -27,6 +43,40 @@ def load_rows(base, rows, row_stride, d, ok):
 @gluon.jit
 def store_rows(base, rows, row_stride, d, ok, values):
     gl.store(base + rows[:, None].to(gl.int64) * row_stride + d[None, :], values, mask=ok[:, None])
+
+
+@gluon.jit
+def begin_product(a, b_smem, i, STAGES: gl.constexpr):
+    """Begins ``a b^T`` for tile ``i`` of a ring; ``a`` is 64 rows. The tile must be there."""
+    BLOCK: gl.constexpr = b_smem.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    zero = gl.zeros([ROWS, BLOCK], gl.float32, layout)
+    return warpgroup_mma(a, b_smem.index(i % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def as_operand(x, acc, dtype: gl.constexpr):
+    """A result of one product as the left operand of another, whose accumulator is ``acc``."""
+    return gl.convert_layout(x.to(dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+
+
+@gluon.jit
+def make_bars(STAGES: gl.constexpr, COUNT: gl.constexpr):
+    """A barrier for each stage, that ``COUNT`` arrivals complete."""
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
+
+
+@gluon.jit
+def make_rings(a_desc, b_desc, BLOCK: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Two rings of ``STAGES`` tiles with their barriers: filled by one producer, emptied by all consumers."""
+    a_smem = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BLOCK, BLOCK_D], a_desc.layout)
+    b_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK, BLOCK_D], b_desc.layout)
+    full_a, full_b = make_bars(STAGES, 1), make_bars(STAGES, 1)
+    empty_a, empty_b = make_bars(STAGES, CONSUMERS), make_bars(STAGES, CONSUMERS)
+    return a_smem, b_smem, full_a, full_b, empty_a, empty_b
 
 
 @gluon.jit
@@ -101,17 +151,14 @@ def produce(sources, rings, numbers, STAGES: gl.constexpr, PART: gl.constexpr):
     BLOCK: gl.constexpr = a_smem.shape[1]
     made = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        head = item % heads
-        record = records + gl.load(tiles + 2 * (item // heads)) * 8
-        patch, patches = gl.load(record + 4), gl.load(record + 5)
-        prefix, total = gl.load(record + 6), gl.load(record + 7) + patches
+        head, _, _, met = item_of(tiles, records, item, heads)
+        patch, patches, prefix, total = met
         whole = (patches // BLOCK) * BLOCK
         for at in range(0, whole, BLOCK):
-            produce_by_tma(a_desc, patch + at, head * a_head, a_smem, full_a, empty_a, made, STAGES)
-            produce_by_tma(b_desc, patch + at, head * b_head, b_smem, full_b, empty_b, made, STAGES)
+            produce_by_tma(a_desc, patch + at, item % heads * a_head, a_smem, full_a, empty_a, made, STAGES)
+            produce_by_tma(b_desc, patch + at, item % heads * b_head, b_smem, full_b, empty_b, made, STAGES)
             made += 1
-        a_base = a + head.to(gl.int64) * a_head
-        b_base = b + head.to(gl.int64) * b_head
+        a_base, b_base = a + head * a_head, b + head * b_head
         for at in range(whole, total, BLOCK):
             produce_by_address(a_base, a_row, at, patch, patches, prefix, total, a_smem, full_a, empty_a, made, STAGES, PART)
             produce_by_address(b_base, b_row, at, patch, patches, prefix, total, b_smem, full_b, empty_b, made, STAGES, PART)

@@ -1,24 +1,41 @@
-"""Backward attention for Hopper in one kernel: five products where dQ apart from dK and dV takes seven.
+"""dK and dV for Hopper in Gluon, alone or with dQ: a producer of queries and output gradients, two consumers with keys.
 
-A program owns 128 keys and goes over the queries that see them. Two consumers make logits and dP of 64 keys each, transposed,
-and add to their dK and dV as in :mod:`.backward`. What both make of a tile of queries, dS, they leave in shared memory for a
-third group, the *summer*: it multiplies it with the keys and adds the result to a float32 dQ in device memory.
+A program owns 128 keys and goes over the queries that see them. Each consumer makes logits and dP of 64 keys, transposed
+(``k q^T``), so that they come out of one product as the left operand of the next without passing through shared memory, and
+adds to its dK and dV: the same bits every run.
 
-Several programs add to the same dQ. ``ORDERED``, they do so one after the other, by tile of keys: ``turns`` counts for every
-tile of queries how many have added, and a summer waits for its number. The same bits every run. Nobody waits long: programs
-take items in order and go over queries in order, so each follows the one before it at a distance of a tile or two. Nobody
-waits for ever: the lowest item not done waits for none, and all programs run at once (a cooperative launch fails where they
-cannot). Not ordered, they add whenever they come by.
-
-Level patterns only: with others, tiles of several records meet the same queries.
+With dQ, that is five products where dQ apart takes seven. What both consumers make of a tile of queries, dS, they leave in
+shared memory for a third group, the *summer*: it multiplies it with the keys and adds the result to a float32 dQ in device
+memory. Several programs add to the same dQ. ``ORDERED``, they do so one after the other, by tile of keys: ``turns`` counts for
+every tile of queries how many have added, and a summer waits for its number. The same bits every run. Nobody waits long:
+programs take items in order and go over queries in order, so each follows the one before it at a distance of a tile or two.
+Nobody waits for ever: the lowest item not done waits for none, and all programs run at once (a cooperative launch fails where
+they cannot). Not ordered, they add whenever they come by. Level patterns only: with others, tiles of several records meet the
+same queries.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from .backward import LOG2_E, ROWS, as_operand, begin_product
-from .ring import await_round_before, await_use, barrier, complete_use, load_rows, produce, row_of, store_rows
+from .ring import (
+    ROWS,
+    as_operand,
+    await_round_before,
+    await_use,
+    barrier,
+    begin_product,
+    complete_use,
+    item_of,
+    load_rows,
+    make_bars,
+    make_rings,
+    produce,
+    row_of,
+    store_rows,
+)
+
+LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
@@ -26,9 +43,12 @@ def _step(
     dk_ND, dv_ND, k_smem, v_smem, ok_N, lse_base, delta_base, rows_M, ok_M, rings, handed, used, scale_log2,
     INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """What query tile ``used`` adds to dK and dV, and its dS for the summer."""
+    """What query tile ``used`` adds to dK and dV, and, if there is a summer (``DS_STAGES``), its dS for that.
+
+    The exponentials overlap with the product of V and dO, and the rest with that of the probabilities and dO: every wait
+    follows a product that needs what was computed before it, so ptxas can move none of them up.
+    """
     q_smem, do_smem, full_q, full_do, empty_q, empty_do = rings
-    ds_smem, full_ds, empty_ds = handed
     if MASK:
         lse_M = gl.load(lse_base + rows_M, mask=ok_M, other=float("inf"))  # exp2(... - inf) = 0
         delta_M = gl.load(delta_base + rows_M, mask=ok_M, other=0.0)
@@ -41,16 +61,19 @@ def _step(
     dp_NM = begin_product(v_smem, do_smem, used, STAGES)
     logits_NM = warpgroup_mma_wait(1, deps=(logits_NM,))
     p_NM = gl.exp2(logits_NM * scale_log2 - (lse_M * LOG2_E)[None, :])
-    # Keys past the end are zeros and so are their logits, but exp2 of -lse may be Inf, and Inf times the zeros of K is NaN.
-    p_NM = gl.where(ok_N[:, None], p_NM, 0.0)
+    if DS_STAGES > 0:
+        # Keys past the end are zeros and so are their logits, but exp2 of -lse may be Inf, and Inf times the zeros of K is NaN.
+        p_NM = gl.where(ok_N[:, None], p_NM, 0.0)
     p_operand = as_operand(p_NM, dv_ND, q_smem.dtype)
     dv_ND = warpgroup_mma(p_operand, do_smem.index(used % STAGES), dv_ND, is_async=True)
     dp_NM = warpgroup_mma_wait(1, deps=(dp_NM,))
     ds_NM = (p_NM * (dp_NM - delta_M[None, :])).to(q_smem.dtype)
-    await_round_before(empty_ds, used, DS_STAGES)
-    ds_smem.index(used % DS_STAGES).slice(INDEX * ROWS, ROWS).store(ds_NM)
-    fence_async_shared()
-    complete_use(full_ds, used, DS_STAGES)
+    if DS_STAGES > 0:
+        ds_smem, full_ds, empty_ds = handed
+        await_round_before(empty_ds, used, DS_STAGES)
+        ds_smem.index(used % DS_STAGES).slice(INDEX * ROWS, ROWS).store(ds_NM)
+        fence_async_shared()
+        complete_use(full_ds, used, DS_STAGES)
     ds_operand = as_operand(ds_NM, dk_ND, q_smem.dtype)
     dk_ND = warpgroup_mma(ds_operand, q_smem.index(used % STAGES), dk_ND, is_async=True)
     dk_ND, dv_ND = warpgroup_mma_wait(0, deps=(dk_ND, dv_ND))
@@ -67,7 +90,6 @@ def _consume(
     k, v, lse, delta, dk, dv, tiles, records = tensors
     k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, num_rows, heads, num_items, scale, scale_log2 = numbers
     q_smem, do_smem, full_q, full_do, empty_q, empty_do = rings
-    ds_smem, full_ds, empty_ds = handed
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_D: gl.constexpr = q_smem.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -76,24 +98,21 @@ def _consume(
     d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
     n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
-    k_smem, v_smem = k_smem.slice(INDEX * ROWS, ROWS), v_smem.index(INDEX)
+    k_smem, v_smem = k_smem.slice(INDEX * ROWS, ROWS), v_smem.slice(INDEX * ROWS, ROWS)
     used = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        head = (item % heads).to(gl.int64)
-        tile = tiles + 2 * (item // heads)
-        record = records + gl.load(tile) * 8
-        start = gl.load(tile + 1) + INDEX * ROWS
-        k_patch, k_patches = gl.load(record), gl.load(record + 1)
-        k_prefix, k_total = gl.load(record + 2), gl.load(record + 3) + k_patches
-        q_patch, q_patches = gl.load(record + 4), gl.load(record + 5)
-        q_prefix, q_total = gl.load(record + 6), gl.load(record + 7) + q_patches
+        head, start, own, met = item_of(tiles, records, item, heads)
+        k_patch, k_patches, k_prefix, k_total = own
+        q_patch, q_patches, q_prefix, q_total = met
         whole = (q_patches // BLOCK_M) * BLOCK_M
 
-        j = start + n
+        j = start + INDEX * ROWS + n
         ok_N = j < k_total
         rows_N = row_of(j, k_patch, k_patches, k_prefix)
-        if used > 0:
-            await_use(empty_ds, used - 1, DS_STAGES)  # the summer is done with the keys before
+        if DS_STAGES > 0:
+            _, _, empty_ds = handed
+            if used > 0:
+                await_use(empty_ds, used - 1, DS_STAGES)  # the summer is done with the keys before
         k_smem.store(load_rows(k + head * k_head, rows_N, k_row, d, ok_N))
         v_smem.store(load_rows(v + head * v_head, rows_N, v_row, d, ok_N))
         fence_async_shared()
@@ -123,6 +142,43 @@ def _consume(
 
 
 @gluon.jit
+def _make_own(dtype: gl.constexpr, BLOCK_D: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Room for the keys and values that a program owns, ``64 CONSUMERS`` rows each."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMERS * ROWS, BLOCK_D], dtype)
+    k_smem = gl.allocate_shared_memory(dtype, [CONSUMERS * ROWS, BLOCK_D], layout)
+    return k_smem, gl.allocate_shared_memory(dtype, [CONSUMERS * ROWS, BLOCK_D], layout)
+
+
+@gluon.jit(do_not_specialize=["num_rows", "heads", "num_items"])  # they change with every batch
+def attention_backward_dkdv(
+    q_desc, do_desc, q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
+    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, dk_row, dk_head, dv_row, dv_head,
+    num_rows, heads, num_items, scale, scale_log2,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """dK and dV over the query rows that see each key (transposed records), ``BLOCK_N`` of them a tile of the ring.
+
+    An item is one tile of 128 key rows of one head.
+    """
+    k_smem, v_smem = _make_own(q_desc.dtype, BLOCK_D, CONSUMERS)
+    rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)
+    sources = (q_desc, do_desc, q, grad_out, tiles, records)
+    strides = (q_row, q_head, do_row, do_head, heads, num_items)
+    tensors = (k, v, lse, delta, dk, dv, tiles, records)
+    numbers = (k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, num_rows, heads, num_items, scale, scale_log2)
+    gl.static_assert(CONSUMERS == 2)
+    gl.warp_specialize(
+        [
+            (_consume, (tensors, numbers, k_smem, v_smem, rings, (), 0, STAGES, 0)),
+            (_consume, (tensors, numbers, k_smem, v_smem, rings, (), 1, STAGES, 0)),
+            (produce, (sources, rings, strides, STAGES, PART)),
+        ],
+        [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit
 def _sum(
     dq_sum, turns, tiles, records, numbers, k_smem, handed,
     BLOCK_M: gl.constexpr, DS_STAGES: gl.constexpr, ORDERED: gl.constexpr,
@@ -138,12 +194,9 @@ def _sum(
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, row_layout))
     used = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        head = (item % heads).to(gl.int64)
-        tile = tiles + 2 * (item // heads)
-        record = records + gl.load(tile) * 8
-        number = gl.load(tile + 1) // BLOCK_N  # of this tile of keys in its record
-        q_patch, q_patches = gl.load(record + 4), gl.load(record + 5)
-        q_prefix, q_total = gl.load(record + 6), gl.load(record + 7) + q_patches
+        head, start, _, met = item_of(tiles, records, item, heads)
+        number = start // BLOCK_N  # of this tile of keys in its record
+        q_patch, q_patches, q_prefix, q_total = met
         for at in range(0, q_total, BLOCK_M):
             await_use(full_ds, used, DS_STAGES)
             zero = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, o_layout)
@@ -179,33 +232,11 @@ def attention_backward_fused(
 
     An item is one tile of 128 key rows of one head, ``BLOCK_N`` query rows a tile of the ring.
     """
-    dtype: gl.constexpr = q_desc.dtype
-    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMERS * ROWS, BLOCK_D], dtype)
-    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMERS * ROWS, BLOCK_N], dtype)
-    bar_layout: gl.constexpr = mbarrier.MBarrierLayout()
-    k_smem = gl.allocate_shared_memory(dtype, [CONSUMERS * ROWS, BLOCK_D], k_layout)
-    v_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], v_layout)
-    q_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], q_desc.layout)
-    do_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], do_desc.layout)
-    ds_smem = gl.allocate_shared_memory(dtype, [DS_STAGES, CONSUMERS * ROWS, BLOCK_N], ds_layout)
-    full_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    full_do = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    empty_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    empty_do = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    full_ds = gl.allocate_shared_memory(gl.int64, [DS_STAGES, 1], bar_layout)
-    empty_ds = gl.allocate_shared_memory(gl.int64, [DS_STAGES, 1], bar_layout)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full_q.index(i), count=1)
-        mbarrier.init(full_do.index(i), count=1)
-        mbarrier.init(empty_q.index(i), count=CONSUMERS)
-        mbarrier.init(empty_do.index(i), count=CONSUMERS)
-    for i in gl.static_range(DS_STAGES):
-        mbarrier.init(full_ds.index(i), count=CONSUMERS)
-        mbarrier.init(empty_ds.index(i), count=1)
-
-    rings = (q_smem, do_smem, full_q, full_do, empty_q, empty_do)
-    handed = (ds_smem, full_ds, empty_ds)
+    k_smem, v_smem = _make_own(q_desc.dtype, BLOCK_D, CONSUMERS)
+    rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMERS * ROWS, BLOCK_N], q_desc.dtype)
+    ds_smem = gl.allocate_shared_memory(q_desc.dtype, [DS_STAGES, CONSUMERS * ROWS, BLOCK_N], ds_layout)
+    handed = (ds_smem, make_bars(DS_STAGES, CONSUMERS), make_bars(DS_STAGES, 1))
     sources = (q_desc, do_desc, q, grad_out, tiles, records)
     strides = (q_row, q_head, do_row, do_head, heads, num_items)
     tensors = (k, v, lse, delta, dk, dv, tiles, records)
