@@ -157,13 +157,20 @@ def run(
 def predicted(workload, level: str, implementation: str, *, backward: bool) -> dict[str, float]:
     """What the performance model expects here, both bounds, at this card's own measured rates.
 
-    Empty for other implementations than ours, and on a device the model has no rates for.
+    Empty for other implementations than ours, and on a device or head dim the model knows nothing of.
     """
+    from hlip_kernels.backends.hopper.config import BACKWARD_DQ
     from hlip_kernels.performance import RATES, predict
+    from hlip_kernels.performance_hopper import predict_hopper
     from hlip_kernels.performance_short import predict_short
 
-    fast = partial(predict, deterministic=False)
-    model = {"hlip triton": predict, "hlip triton fast": fast, "hlip cuda": predict_short}.get(implementation)
+    in_one = partial(predict_hopper, fused=True)
+    model = {
+        "hlip triton": predict, "hlip triton fast": partial(predict, deterministic=False), "hlip cuda": predict_short,
+        "hlip hopper": predict_hopper, "hlip hopper fast": in_one, "hlip hopper_ordered": in_one,
+    }.get(implementation)  # fmt: skip
+    if implementation.startswith("hlip hopper") and workload.head_dim not in BACKWARD_DQ:
+        return {}
     rates = next((r for name, r in RATES.items() if device().type == "cuda" and name in torch.cuda.get_device_name()), None)
     if rates is None or model is None:
         return {}

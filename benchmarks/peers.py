@@ -47,6 +47,8 @@ def peers(workload: Workload, level: str, device: torch.device, dtype: torch.dty
     fast = Numerics(deterministic=False)
     if "hlip triton" in made and is_fused(device, dtype, workload.head_dim, plan.longest, fast):
         made["hlip triton fast"] = lambda: _ours(workload, level, device, "triton", fast=True)
+    if "hlip hopper" in made:
+        made["hlip hopper fast"] = lambda: _ours(workload, level, device, "hopper", fast=True)
     made["published path"] = lambda: _published(workload, level, device)
     made["padded SDPA"] = lambda: _padded(workload, level, device)
     made["FlexAttention"] = lambda: _flex(workload, level, device)

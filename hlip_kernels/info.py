@@ -50,9 +50,10 @@ def report() -> str:
         lines.append(f"    auto           {line.backend}: {line.evidence}")
         for name, backend in BACKENDS.items():
             lines.append(f"    {name:14} {backend.supports(query)}")
-    gpu = _queries()[-1]
-    lines += ["", f"the flash backend delegates to the first of these that can, here for {gpu}:"]
-    lines += [f"  {line}" for line in flash_attention(gpu, BACKENDS["flash"])]
+    if "flash" in BACKENDS:
+        gpu = _queries()[-1]
+        lines += ["", f"the flash backend delegates to the first of these that can, here for {gpu}:"]
+        lines += [f"  {line}" for line in flash_attention(gpu, BACKENDS["flash"])]
     lines += [
         "",
         "not run on a GPU yet:",

@@ -183,18 +183,23 @@ class Played:
     """Seconds of one kernel, or of several one after the other.
 
     Attributes:
-        seconds: with the order of the kernels played out. bound: with the busiest unit busy all the time.
-        binds: that unit, or ``"memory"``. balance: mean busy time of a multiprocessor over that of the last to finish.
+        seconds: with the order of the kernels played out. overlapped: with the busiest unit busy all the time.
+        serial: with the units one after the other (shared memory is read by the products themselves).
+        binds: the busiest unit, or ``"memory"``. balance: mean busy time of a multiprocessor over that of the last to finish.
     """
 
     seconds: float
-    bound: float
+    overlapped: float
+    serial: float
     binds: str
     balance: float
 
     def __add__(self, other: Played) -> Played:
         longer = max(self, other, key=lambda p: p.seconds)
-        return Played(self.seconds + other.seconds, self.bound + other.bound, longer.binds, longer.balance)
+        return Played(
+            self.seconds + other.seconds, self.overlapped + other.overlapped, self.serial + other.serial,
+            longer.binds, longer.balance,
+        )  # fmt: skip
 
 
 def predict_hopper(
@@ -233,11 +238,12 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
     binds = max(clocks, key=clocks.__getitem__)
     tensors = 4 if kernel == "attention_forward" else 6
     memory = tensors * plan.num_rows * heads * head_dim * dtype.itemsize / rates.bandwidth
-    bound = dealt.max() * clocks[binds] / rates.clock
     played = dealt.max() * clocks_per_step(kernel, config, head_dim, rates) / rates.clock
+    overlapped = dealt.max() * clocks[binds] / rates.clock
+    serial = dealt.max() * (sum(clocks.values()) - clocks["shared memory"]) / rates.clock
     balance = float(dealt.mean() / dealt.max()) if len(items) else 1.0
-    seconds = (float(max(time, memory)) + LAUNCH for time in (played, bound))
-    return Played(*seconds, binds if bound > memory else "memory", balance)
+    seconds = (float(max(time, memory)) + LAUNCH for time in (played, overlapped, serial))
+    return Played(*seconds, binds if overlapped > memory else "memory", balance)
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def compile_kernel(kernel: str, kind: str, head_dim: int, arch: str, config: Con
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
-        signature[name] = "constexpr" if name in constants else _argument_type(name, dtype)
+        signature[name] = "constexpr" if name in constants else argument_type(name, dtype)
         # As at launch: addresses and strides of real tensors are multiples of 16.
         stride = name.endswith(("_row", "_head")) and not name.startswith("dlse")
         if signature[name].startswith("*") or stride:
@@ -136,15 +136,16 @@ def compile_kernel(kernel: str, kind: str, head_dim: int, arch: str, config: Con
     )  # fmt: skip
 
 
-def _argument_type(name: str, dtype: torch.dtype) -> str:
+def argument_type(name: str, dtype: torch.dtype) -> str:
+    """The type of a kernel's argument, by the name it has in all of them."""
     element = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     if name in ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"):
         return f"*{element}"
     if name in ("lse", "grad_lse", "delta", "dq_sum"):
         return "*fp32"
-    if name in ("tiles", "records"):
+    if name in ("tiles", "records", "turns"):
         return "*i32"
-    return "fp32" if name.startswith("scale") else "i32"
+    return "fp32" if name in ("scale", "scale_log2", "sign") else "i32"
 
 
 def _read_cubin(cubin: bytes, target: Architecture) -> tuple[int, int, list[str]]:
@@ -152,19 +153,26 @@ def _read_cubin(cubin: bytes, target: Architecture) -> tuple[int, int, list[str]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _run("cuobjdump", "--dump-resource-usage", path)
-        sass = _run("nvdisasm", "-c", path)
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    local = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
+        registers, local = usage_of(path)
+        sass = run_tool("nvdisasm", "-c", path).stdout
     return registers, local, re.findall(target.matrix, sass)
 
 
-def _run(tool: str, *arguments) -> str:
-    """Runs one of the CUDA binaries in triton's own folder."""
+def usage_of(cubin: Path) -> tuple[int, int]:
+    """Registers and bytes of local memory of a thread."""
+    said = run_tool("cuobjdump", "--dump-resource-usage", cubin).stdout
+    registers, stack, local = (int(re.search(rf"{what}:(\d+)", said).group(1)) for what in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def run_tool(tool: str, *arguments) -> subprocess.CompletedProcess:
+    """Runs one of the CUDA binaries in triton's own folder; the ptxas that triton itself takes for sm_90."""
     import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+    path = get_ptxas(90).path if tool == "ptxas" else path
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True)
 
 
 def _read_amdgcn(assembly: str, target: Architecture) -> tuple[int, int, list[str]]:
@@ -185,19 +193,19 @@ def shipped(archs=ARCHITECTURES, kinds=KINDS, head_dims=HEAD_DIMS, kernels=KERNE
                         yield kernel, kind, head_dim, arch
 
 
-def write_rows(rows: Iterable[Resources], path: Path) -> None:
-    """Rows as CSV, a line each."""
+def write_rows(rows: Sequence, path: Path) -> None:
+    """Rows (dataclasses of one kind) as CSV, a line each."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Resources)], lineterminator="\n")
+        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
 
 
-def read_rows(path: Path) -> list[Resources]:
-    """What :func:`write_rows` wrote."""
+def read_rows(path: Path, kind: type = Resources) -> list:
+    """What :func:`write_rows` wrote, as rows of that kind; their fields are text or integers."""
     with path.open(newline="") as file:
         return [
-            Resources(**{f.name: row[f.name] if f.type == "str" else int(row[f.name]) for f in fields(Resources)})
+            kind(**{f.name: row[f.name] if f.type == "str" else int(row[f.name]) for f in fields(kind)})
             for row in csv.DictReader(file)
         ]
 

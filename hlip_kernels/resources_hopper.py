@@ -11,13 +11,11 @@ how many products are in flight when its exponentials are computed.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -25,6 +23,7 @@ import torch
 
 from .backends.hopper import constants_of
 from .backends.hopper.config import HEAD_DIMS, KERNELS, Config
+from .resources import argument_type, run_tool, usage_of, write_rows
 
 SHARED_MEMORY = 232448  # bytes that one program may use
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -125,16 +124,16 @@ def compile_kernel(kernel: str, dtype: str, head_dim: int, variant: dict | None 
     constants = constants_of(config, head_dim) | variant
     constants |= {"DS_STAGES": config.summer_stages, "SUMMER_REGISTERS": config.summer_registers}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    element = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
     layout = tile_layout(gl, DTYPES[dtype], config.block, head_dim)
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_desc"):
+            element = argument_type("q", DTYPES[dtype]).removeprefix("*")
             signature[name] = f"tensordesc<{element}[{config.block}, {head_dim}],{layout!r}>"
         else:
-            signature[name] = _argument_type(name, element)
+            signature[name] = argument_type(name, DTYPES[dtype])
         # As at launch: addresses and strides of real tensors are multiples of 16.
         stride = name.endswith(("_row", "_head")) and not name.startswith("dlse")
         if signature[name].startswith("*") or stride:
@@ -145,16 +144,6 @@ def compile_kernel(kernel: str, dtype: str, head_dim: int, variant: dict | None 
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def _argument_type(name: str, element: str) -> str:
-    if name in ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"):
-        return f"*{element}"
-    if name in ("lse", "grad_lse", "delta", "dq_sum"):
-        return "*fp32"
-    if name in ("tiles", "records", "turns"):
-        return "*i32"
-    return "fp32" if name.startswith("scale") or name == "sign" else "i32"
-
-
 def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None = None) -> HopperResources:
     """Compiles one kernel and reads its figures."""
     config = KERNELS[kernel][head_dim]
@@ -163,9 +152,9 @@ def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None 
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(compiled.asm["ptx"])
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _run("cuobjdump", "--dump-resource-usage", cubin).stdout
-        blocks = parse(_run("nvdisasm", "-c", cubin).stdout)
-        said = _run("ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder, "again.cubin"))
+        registers, spilled = usage_of(cubin)
+        blocks = parse(run_tool("nvdisasm", "-c", cubin).stdout)
+        said = run_tool("ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder, "again.cubin"))
     code = [i for block in blocks for i in block.instructions]
     loops = multiplying_loops(blocks)
     found = [in_flight(loop) for loop in loops]
@@ -173,9 +162,7 @@ def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None 
     return HopperResources(
         kernel, " ".join(f"{k}={v}" for k, v in (variant or {}).items()), dtype, head_dim,
         config.consumers, config.block, config.stages,
-        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
-        shared_memory=compiled.metadata.shared,
-        spill_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1)),
+        registers=registers, shared_memory=compiled.metadata.shared, spill_bytes=spilled,
         loop_spills=sum(_spills(loop) for loop, (exponentials, _) in zip(loops, found, strict=True) if exponentials),
         summer_spills=sum(_spills(loop) for loop, (exponentials, _) in zip(loops, found, strict=True) if not exponentials),
         products=sum(i.kind == "product" for i in code),
@@ -186,16 +173,6 @@ def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None 
         unsynchronised=unsynchronised(code),
         order=orders[0] if orders else "",
     )  # fmt: skip
-
-
-def _run(tool: str, *arguments) -> subprocess.CompletedProcess:
-    """Runs one of the CUDA binaries in triton's own folder; the ptxas that triton itself takes for sm_90."""
-    import triton
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    path = get_ptxas(90).path if tool == "ptxas" else path
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True)
 
 
 @dataclass
@@ -337,23 +314,6 @@ def shipped(dtypes=DTYPES, head_dims=HEAD_DIMS) -> Iterator[tuple[str, str, int,
                 for variant in VARIANTS.get(kernel, ({},)):
                     if head_dim in head_dims:
                         yield kernel, dtype, head_dim, variant
-
-
-def write_rows(rows: Iterable[HopperResources], path: Path) -> None:
-    """Rows as CSV, a line each."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(HopperResources)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def read_rows(path: Path) -> list[HopperResources]:
-    """What :func:`write_rows` wrote."""
-    with path.open(newline="") as file:
-        return [
-            HopperResources(**{f.name: row[f.name] if f.type == "str" else int(row[f.name]) for f in fields(HopperResources)})
-            for row in csv.DictReader(file)
-        ]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hlip_kernels import attention
-from hlip_kernels.backends import BACKENDS, Query, choose, explain
+from hlip_kernels.backends import BACKENDS, Query, auto, choose, explain
 from hlip_kernels.backends.base import Numerics
 from hlip_kernels.backends.flash import segments_of
 from hlip_kernels.backends.triton import installed, interpreted
@@ -254,10 +254,27 @@ def test_the_gradient_through_lse_raises_and_names_others(flash):
     layout = make([[[5, 17]]], 1)
     qkv = torch.randn(layout.num_rows, 3, 2, 16, requires_grad=True)
     out, lse = attention(*qkv.unbind(1), layout, "scan", backend="flash", return_lse=True)
-    with pytest.raises(NotImplementedError, match="gradient of lse.*'triton'"):
+    with pytest.raises(NotImplementedError, match="takes no gradient of lse") as caught:
         (out.sum() + lse.sum()).backward()
+    assert "sdpa: available" in str(caught.value)
     out, lse = attention(*qkv.unbind(1), layout, "scan", backend="flash", return_lse=True)
     out.sum().backward()  # as long as nothing used it
+
+
+def test_auto_takes_another_backend_for_the_gradient_through_lse(flash, monkeypatch):
+    """A table that prefers flash must not make the backward pass of a call fail that another backend can finish."""
+    stand_in, _ = flash(StandIn())
+    lines = (auto.Choice("cpu", "flash", "measured"), *auto.SHIPPED)
+    monkeypatch.setattr(auto, "table", lambda: lines)
+    layout = make([[[5, 17]]], 1)
+    qkv = torch.randn(layout.num_rows, 3, 2, 16)
+    grads = {}
+    for backend in ("auto", "reference"):
+        leaf = qkv.clone().requires_grad_()
+        out, lse = attention(*leaf.unbind(1), layout, "scan", backend=backend, return_lse=True)
+        grads[backend] = torch.autograd.grad(out.square().sum() + lse.square().sum(), leaf)[0]
+    assert stand_in.calls == ["forward"]
+    torch.testing.assert_close(grads["auto"], grads["reference"], rtol=1e-4, atol=1e-5)
 
 
 def test_determinism_is_passed_on(flash):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlip_kernels import attention
-from hlip_kernels.backends import BACKENDS, Query
+from hlip_kernels.backends import BACKENDS, Query, hopper
 from hlip_kernels.backends.hopper import HopperBackend
 from hlip_kernels.backends.hopper.config import BACKWARD_DQ, FORWARD, HEAD_DIMS, KERNELS
 
@@ -232,3 +232,21 @@ def test_registers_add_up():
             assert given <= groups * config.max_registers and 128 * groups * config.max_registers <= 65536, config
             parts = (config.consumer_registers, config.producer_registers, config.summer_registers)
             assert all(n % 8 == 0 for n in parts) and config.block % config.part == 0
+
+
+@pytest.mark.parametrize("strides", ["packed", "contiguous", "heads first", "odd address", "odd rows", "expanded"])
+def test_rows_that_tma_cannot_address_are_copied(strides):
+    """It wants addresses and strides of 16 bytes and rows that do not overlap; a contiguous tensor may yet begin at an odd one."""
+    x = torch.randn(10, 3, 2, 64).half()
+    t = {
+        "packed": lambda: x[:, 1],
+        "contiguous": lambda: x[:, 1].contiguous(),
+        "heads first": lambda: x[:, 1].transpose(0, 1).contiguous().transpose(0, 1),
+        "odd address": lambda: torch.randn(10 * 2 * 64 + 1).half()[1:].view(10, 2, 64),
+        "odd rows": lambda: torch.randn(10, 2 * 64 + 3).half()[:, : 2 * 64].unflatten(1, (2, 64)),
+        "expanded": lambda: x[:1, 1].expand(10, 2, 64),
+    }[strides]()
+    ready = hopper._loadable(t)
+    assert torch.equal(ready, t) and (ready is t) == (strides in ("packed", "contiguous"))
+    assert ready.data_ptr() % 16 == 0 and all(stride * 2 % 16 == 0 for stride in ready.stride()[:2])
+    assert ready.stride(0) >= hopper.extent(ready)[1]

@@ -16,14 +16,15 @@ pytest.importorskip("triton")
 
 from hlip_kernels.backends.hopper import _why_no_gluon
 from hlip_kernels.backends.hopper.config import KERNELS
+from hlip_kernels.resources import read_rows
 from hlip_kernels.resources_hopper import (
     SHARED_MEMORY,
+    HopperResources,
     Instruction,
     in_flight,
     multiplying_loops,
     order_of,
     parse,
-    read_rows,
     shipped,
     unsynchronised,
 )
@@ -58,7 +59,7 @@ def test_products_loads_spills_and_overlap(dtype, tmp_path):
     command = [sys.executable, "-m", "hlip_kernels.resources_hopper", "--dtype", dtype, "--csv", str(tmp_path / "rows.csv")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = read_rows(tmp_path / "rows.csv")
+    rows = read_rows(tmp_path / "rows.csv", HopperResources)
     assert len(rows) == len(list(shipped([dtype])))
     for row in rows:
         check(row)
@@ -66,7 +67,7 @@ def test_products_loads_spills_and_overlap(dtype, tmp_path):
         pytest.skip(
             f"within limits, but there is no {RECORD.name} to compare with: make one (see hlip_kernels.resources_hopper)"
         )
-    known = set(read_rows(RECORD))
+    known = set(read_rows(RECORD, HopperResources))
     changed = [row for row in rows if row not in known]
     assert not changed, (
         f"the machine code is not what {RECORD.name} says it was: {changed}. If that is an improvement or was meant: "
@@ -78,7 +79,7 @@ def test_every_shipped_configuration_is_on_record():
     records = sorted(RECORD.parent.glob("hopper-*.csv"))
     assert len(records) >= 3
     for record in records:
-        rows = read_rows(record)
+        rows = read_rows(record, HopperResources)
         named = {(r.kernel, r.dtype, r.head_dim, r.variant) for r in rows}
         expected = {(k, t, d, " ".join(f"{n}={v}" for n, v in variant.items())) for k, t, d, variant in shipped()}
         assert named == expected, record

@@ -251,7 +251,7 @@ def test_where_rows_lie_does_not_matter(backend, dtype, head_dim, view):
     expected = both(backend, *inputs, plan)
     views = [view(t) for t in inputs]
     assert all(torch.equal(a, b) and (view is odd_offset or not b.is_contiguous()) for a, b in zip(inputs, views, strict=True))
-    assert (view is head_first) == all(cuda_backend._aligned(t) is t for t in views)
+    assert (view is head_first) == all(cuda_backend.aligned(t) is t for t in views)
     for one in range(4 if head_dim == 32 else 0):  # each alone, and then all
         mixed = [views[i] if i == one else inputs[i] for i in range(4)]
         for a, b in zip(expected, both(backend, *mixed, plan), strict=True):

@@ -74,7 +74,7 @@ class Broken:
         if self.fault == "no gradient of lse":
             grad_lse = None
         if self.fault.startswith("refuses") and grad_lse is not None:
-            raise NotImplementedError("no gradient through lse" if self.fault == "refuses lse" else "not today")
+            raise NotImplementedError("not today")
         dq, dk, dv = BACKENDS["sdpa"].backward(grad_out, grad_lse, *rest)
         if self.fault == "dv without its last head":
             dv[:, -1] = 0
@@ -139,19 +139,16 @@ def test_the_bound_is_sharp(dtype, logits, lse_gradient):
         assert alone.bound("dq") == pytest.approx(4 * eps * float(alone.truth["dv"].norm()))
 
 
-def test_the_gradient_through_lse_may_be_refused(monkeypatch):
-    monkeypatch.setitem(BACKENDS, "broken", Broken("refuses lse"))
-    assert stress.main([*SMALL, "--cases", "12", "--backends", "broken"]) == 0
-
-
-def test_a_backend_is_asked_for_what_the_case_allows(monkeypatch, capsys):
-    class Deterministic(Broken):
+@pytest.mark.parametrize("fact, wanted", [("deterministic", True), ("lse_gradient", False)])
+def test_a_backend_is_asked_for_what_the_case_allows(monkeypatch, capsys, fact, wanted):
+    class Choosy(Broken):
         def supports(self, query):
-            return Support.yes() if query.numerics.deterministic else Support.no("that must be repeatable")
+            facts = {"deterministic": query.numerics.deterministic, "lse_gradient": query.lse_gradient}
+            return Support.yes() if facts[fact] == wanted else Support.no("that is all it does")
 
-    monkeypatch.setitem(BACKENDS, "broken", Deterministic(""))
+    monkeypatch.setitem(BACKENDS, "broken", Choosy(""))
     assert stress.main([*SMALL, "--cases", "12", "--backends", "broken"]) == 0
-    runs = sum(stress.draw(3, n, 40).deterministic for n in range(12))
+    runs = sum(getattr(stress.draw(3, n, 40), fact) == wanted for n in range(12))
     assert 0 < runs < 12 and f"12 cases from 0 on, {runs} runs of backends, 0 failed" in capsys.readouterr().out
 
 

@@ -3,11 +3,15 @@
 import torch
 
 from hlip_kernels import Layout, attention, patchify, segment_mean, switch_level
+from hlip_kernels.backends import BACKENDS, Query
+from hlip_kernels.backends.triton import config
+from hlip_kernels.pattern import Plan
 
 
 def main() -> None:
     layout = Layout.from_grids([[(2, 5, 7), (3, 9, 9)], [], [(0, 2, 2), (1, 1, 1), (2, 8, 16)]], num_prefix=2, row_multiple=64)
     layout = layout.to("cuda")
+    config.FUSED_FROM = 0  # the fast backward pass on segments as small as these
     for dtype in (torch.bfloat16, torch.float32):
         for head_dim in (64, 80):
             qkv = torch.randn(layout.num_rows, 3, 2, head_dim, device="cuda", dtype=dtype, requires_grad=True)
@@ -17,6 +21,11 @@ def main() -> None:
             if dtype == torch.bfloat16:  # whole slices in shared memory; 9 x 9 alone, the others in packs
                 out, lse = attention(*qkv.unbind(1), layout, "slice", backend="cuda", return_lse=True)
                 (out.float().sum() + lse.sum()).backward()
+            attention(*qkv.unbind(1), layout, "study", backend="triton", deterministic=False).float().sum().backward()
+            query = Query.of(qkv[:, 0], Plan.of(layout.pattern("study")))
+            for backend in ("hopper", "hopper_ordered", "flash"):  # where they can
+                if backend in BACKENDS and BACKENDS[backend].supports(query):
+                    attention(*qkv.unbind(1), layout, "study", backend=backend).float().sum().backward()
         x = torch.randn(layout.num_rows, 40, device="cuda", dtype=dtype, requires_grad=True)
         y = switch_level(switch_level(x * 1, layout, "slice", "scan"), layout, "scan", "slice")
         (segment_mean(y, layout, "scan").float().sum() + segment_mean(y, layout, "study").float().sum()).backward()

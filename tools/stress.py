@@ -6,7 +6,9 @@
 A case draws a layout (studies, scans, slices; some of all of them empty), prefix rows, a pattern, dtype, head dim, scale,
 strides, dead rows, and which gradients flow. Every backend that supports it computes it forward and backward. Checked are:
 
-- errors of outputs and gradients: at most twice those of torch's own attention in the same dtype (tests/attention_truth.py);
+- errors of outputs and gradients: at most twice those of torch's own attention in the same dtype (tests/attention_truth.py),
+  and, beyond the rule of the tests, what rounding a float32 logit leaves to chance in a layout of few rows, in proportion to
+  the size of the logits (``Trial.bound``; without it some cases with logits of hundreds failed by luck);
 - finite values, with all memory poisoned that nobody has written; dead rows 0, though their inputs may be NaN;
 - the same bits when repeated, unless the case allows other ones.
 
@@ -215,7 +217,7 @@ def check(case: Case, seed: int, number: int, device: torch.device, backends) ->
     """Runs a case on every backend that supports it: how many did, and what was wrong."""
     trial = Trial(case, seed, number, device)
     plan = Plan.of(trial.layout.pattern(case.level, **case.options))
-    query = Query.of(trial.qkv[:, 0], plan, Numerics(case.deterministic))
+    query = Query.of(trial.qkv[:, 0], plan, Numerics(case.deterministic), case.lse_gradient)
     ran, found = 0, []
     for name in backends:
         if not BACKENDS[name].supports(query):
@@ -228,8 +230,6 @@ def check(case: Case, seed: int, number: int, device: torch.device, backends) ->
                 second = trial.run(name)
                 found += [f"{name}: {key} has other bits when repeated" for key in first if not same(first[key], second[key])]
         except Exception as error:  # whatever it is, the run goes on
-            if case.lse_gradient and isinstance(error, NotImplementedError) and "lse" in str(error):
-                continue  # the promise: that gradient is right, or asking for it raises
             found.append(f"{name} raised {type(error).__name__}: {error}\n{traceback.format_exc()}")
             if lost(found[-1]):
                 break

@@ -35,6 +35,8 @@ class Query:
         longest: the most rows one segment sees, prefix rows counted; ``None`` when not known.
         sees_itself: every segment sees itself alone (no neighbours, no summary).
         numerics: what the caller allows.
+        segments: how many there are; ``None`` when not known.
+        lse_gradient: it is for a backward pass with a gradient of the log-sum-exp.
     """
 
     device_type: str
@@ -44,14 +46,26 @@ class Query:
     longest: int | None = None
     sees_itself: bool = True
     numerics: Numerics = Numerics()
+    segments: int | None = None
+    lse_gradient: bool = False
 
     @classmethod
-    def of(cls, q: torch.Tensor, plan: Plan, numerics: Numerics = Numerics()) -> Query:
+    def of(cls, q: torch.Tensor, plan: Plan, numerics: Numerics = Numerics(), lse_gradient: bool = False) -> Query:
         """The query for a ``(R, H, D)`` tensor and a pattern."""
         capability = None
         if q.device.type == "cuda" and torch.version.hip is None:
             capability = torch.cuda.get_device_capability(q.device)
-        return cls(q.device.type, capability, q.dtype, q.shape[-1], plan.longest, plan.sees_itself, numerics)
+        return cls(
+            q.device.type,
+            capability,
+            q.dtype,
+            q.shape[-1],
+            plan.longest,
+            plan.sees_itself,
+            numerics,
+            len(plan.forward),
+            lse_gradient,
+        )
 
     def __str__(self) -> str:
         where = (
@@ -60,7 +74,8 @@ class Query:
         text = f"attention on {where}, {str(self.dtype).removeprefix('torch.')}, head dim {self.head_dim}"
         if self.longest is not None:
             text += f", segments of up to {self.longest} rows"
-        return text if self.sees_itself else text + " that see others"
+        text = text if self.sees_itself else text + " that see others"
+        return text + ", with a gradient of lse" if self.lse_gradient else text
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,17 @@ class Backend(abc.ABC):
         numerics: Numerics,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of q, k and v. ``grad_lse`` is ``None`` when nothing used the log-sum-exp."""
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """An ``(R, H, D)`` tensor itself if its rows lie on 16 bytes, as views of a projection do; else a copy."""
+    fits = x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:2])
+    return x if fits else copied(x)
+
+
+def copied(x: torch.Tensor) -> torch.Tensor:
+    """A copy with rows and heads one after the other: unlike ``contiguous()``, always in memory of its own."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ import torch
 
 from .. import native
 from ..packs import PACK_ROWS, packs_of
-from .base import Backend, Query, Support
+from .base import Backend, Query, Support, aligned
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 KEYS = (144, 208, 272)  # so many logits a row the forward kernels hold in registers; as in csrc/short_attention.h
@@ -61,19 +61,13 @@ class CudaBackend(Backend):
         return ""
 
     def forward(self, q, k, v, plan, scale, numerics):
-        return self.kernels.short_attention_forward(*map(_aligned, (q, k, v)), self._packs(q, plan), scale)
+        return self.kernels.short_attention_forward(*map(aligned, (q, k, v)), self._packs(q, plan), scale)
 
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
-        grad_out, q, k, v, out = map(_aligned, (grad_out, q, k, v, out))
+        grad_out, q, k, v, out = map(aligned, (grad_out, q, k, v, out))
         return self.kernels.short_attention_backward(grad_out, grad_lse, q, k, v, out, lse, self._packs(q, plan), scale)
 
     @staticmethod
     def _packs(q: torch.Tensor, plan):
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
         return packs_of(plan, q.device, min(PACK_ROWS, max_rows(q.shape[-1], capability)))
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """``x`` itself if its rows lie on 16 bytes, as views of a projection do; else a copy."""
-    fits = x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:2])
-    return x if fits else x.clone(memory_format=torch.contiguous_format)

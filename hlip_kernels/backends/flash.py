@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..pattern import K_PATCHES, K_PREFIXES, Q_PATCH, Q_PATCHES, Q_PREFIX, Q_PREFIXES, Plan
-from .base import Backend, Query, Support
+from .base import Backend, Query, Support, aligned
 from .flash_implementations import MAX_HEAD_DIM, Implementation, best_first
 from .triton import installed
 
@@ -67,8 +67,6 @@ def _make_segments(plan: Plan, device: torch.device, apart: int) -> Segments:
     place = np.full(plan.num_rows, -1)
     place[row] = np.arange(len(row)) + shift
     in_order = bool((rows == np.arange(len(rows))).all())
-    if len(lengths) > MAX_SEGMENTS:
-        raise NotImplementedError(f"backend 'flash' takes up to {MAX_SEGMENTS} segments, got {len(lengths)}: use 'triton'")
 
     def table(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int32)).to(device, non_blocking=True)
@@ -102,6 +100,8 @@ class FlashBackend(Backend):
             return Support.no(f"takes head dims that are multiples of 8, up to {MAX_HEAD_DIM}, not {query.head_dim}")
         if not query.sees_itself:
             return Support.no("made for segments that see themselves alone: no neighbours, no summary")
+        if query.lse_gradient:
+            return Support.no("flash attention takes no gradient of lse")
         if self.implementation(query) is None:
             return Support.no("; ".join(f"{name}: {why}" for name, why in self.reasons(query)))
         return Support.yes()
@@ -130,6 +130,9 @@ class FlashBackend(Backend):
 
     @staticmethod
     def _why_not(implementation: Implementation, query: Query) -> str:
+        most = (MAX_SEGMENTS + 1) // 2 if implementation.reads_beyond else MAX_SEGMENTS  # rows of zeros are segments too
+        if query.segments is not None and query.segments > most:
+            return f"takes up to {most} segments, got {query.segments}"
         return implementation.why_not(query.capability, query.head_dim, _deterministic(query.numerics))
 
     def forward(self, q, k, v, plan, scale, numerics):
@@ -148,10 +151,6 @@ class FlashBackend(Backend):
         return out, lse
 
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
-        if grad_lse is not None:
-            raise NotImplementedError(
-                "backend 'flash': flash attention takes no gradient of lse; use backend='triton', 'cuda' or 'sdpa'"
-            )
         implementation = self.implementation(Query.of(q, plan, numerics))
         segments = segments_of(plan, q.device, implementation.reads_beyond)
         if not segments.total:
@@ -175,7 +174,7 @@ def _deterministic(numerics) -> bool:
 def _gather(tensors: list[torch.Tensor], segments: Segments, lse=None, packed_lse=None) -> list[torch.Tensor]:
     """The rows of the segments side by side: views where they lie so, else moved into one buffer, with those of lse."""
     if segments.in_order:
-        return [_aligned(x[: segments.total]) for x in tensors]
+        return [aligned(x[: segments.total]) for x in tensors]
     from . import flash_rows
 
     first = tensors[0]
@@ -193,12 +192,6 @@ def _scatter(tensors, segments: Segments, packed_lse=None, lse=None) -> tuple[to
     moved = tuple(torch.empty(shape, dtype=x.dtype, device=x.device) for x in tensors)
     flash_rows.move(tensors, moved, segments.place, packed_lse, lse)
     return moved
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """``x`` itself if its rows lie on 16 bytes, which the kernels take for granted; else a copy."""
-    fits = x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:2])
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _on(device: torch.device):

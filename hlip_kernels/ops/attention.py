@@ -125,7 +125,7 @@ def _attention_backward(
         grad_out = grad_out.contiguous()
     plan = Plan.of(pattern)
     numerics = Numerics(deterministic, allow_tf32)
-    chosen = choose(Query.of(q, plan, numerics), backend)
+    chosen = choose(Query.of(q, plan, numerics, lse_gradient=grad_lse is not None), backend)
     return chosen.backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics)
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .. import triton as triton_backend
-from ..base import Backend, Query, Support
+from ..base import Backend, Query, Support, aligned, copied
 from .config import BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_FUSED, DTYPES, FORWARD, HEAD_DIMS, Config
 
 _LOG2_E = math.log2(math.e)
@@ -131,7 +131,7 @@ class HopperBackend(Backend):
         dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
         delta, dq_sum = self.prepare(out, grad_out, grad_lse, has_grad_lse)
         config = BACKWARD_FUSED[head_dim]
-        turns = torch.zeros(lse.shape if ordered else (1,), dtype=torch.int32, device=q.device)
+        turns = torch.zeros(lse.shape if ordered else (0,), dtype=torch.int32, device=q.device)
         tiles, records = plan.tiles(config.rows, q.device, transposed=True)
         items = len(tiles) * heads
         if items:
@@ -199,11 +199,10 @@ def extent(t: torch.Tensor) -> tuple[int, int]:
 
 def _loadable(t: torch.Tensor) -> torch.Tensor:
     """``t``, or a copy where TMA could not load it: it wants 16-byte addresses and strides, and 32-bit coordinates."""
-    row, head = t.stride()[:2]
-    unit = 16 // t.element_size()
-    apart = row >= extent(t)[1]  # not heads first: what the driver says of rows that overlap is not known here
-    fits = apart and row % unit == 0 and head > 0 and head % unit == 0 and t.data_ptr() % 16 == 0
-    return t if fits and extent(t)[1] < 2**31 else t.contiguous()
+    columns = extent(t)[1]
+    # Not heads first: what the driver says of rows that overlap is not known here.
+    fits = t.stride(0) >= columns and t.stride(1) > 0 and columns < 2**31
+    return aligned(t) if fits else copied(t)
 
 
 def _descriptor(t: torch.Tensor, rows: int):

@@ -44,7 +44,7 @@ class Config:
         return REGISTERS // (128 * groups) // 8 * 8
 
 
-# Three consumers share each tile of keys and values: 192 rows a tile keep what a multiprocessor asks of L2 at 20 bytes a
+# Three consumers share each tile of keys and values: 192 rows a tile keep what a multiprocessor asks of L2 at 21 bytes a
 # clock if products bind. Tiles of 64 rows leave room for the logits of two tiles, which is what overlaps.
 FORWARD = {
     64: Config(consumers=3, block=64, stages=4, part=16, consumer_registers=160, producer_registers=32),
