@@ -7,57 +7,14 @@ python -m benchmarks.roofline --predicted H200 --out docs/roofline.svg        # 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import torch
 
-LEVELS = ("slice", "scan", "study")
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 64, 20, 58, 388  # of the picture, and of the plot in it
-LINE = 17  # between two lines of the lists under the plot
-# Colours on a light and on a dark page, and what takes them (no CSS variables: not every viewer knows them).
-_LIGHT = {
-    "slice": "#0b6bb5",
-    "scan": "#c2500c",
-    "study": "#0a8060",
-    "key": "#666",
-    "back": "#fff",
-    "text": "#333",
-    "grid": "#ddd",
-}
-_DARK = {
-    "slice": "#5db3f0",
-    "scan": "#f0924e",
-    "study": "#3fc49b",
-    "key": "#aaa",
-    "back": "#16191d",
-    "text": "#ddd",
-    "grid": "#333",
-}
-
-
-def _colours(of: dict[str, str]) -> str:
-    rules = [
-        f".back, .predicted {{ fill: {of['back']}; }} text {{ fill: {of['text']}; }} .grid {{ stroke: {of['grid']}; }}",
-        f".roof {{ stroke: {of['text']}; }}",
-    ]
-    for group in (*LEVELS, "key"):
-        rules.append(f".{group} .predicted, .{group} .range, .{group} .measured {{ stroke: {of[group]}; }}")
-        rules.append(f".{group} .measured, .{group} .name {{ fill: {of[group]}; }}")
-    return "\n    ".join(rules)
-
-
-STYLE = f"""
-    text {{ font: 12px sans-serif; }} .title {{ font-size: 15px; font-weight: bold; }} .small {{ font-size: 11px; }}
-    .axis {{ stroke: #888; fill: none; }} .roof {{ stroke-width: 2; fill: none; }} .name {{ font-weight: bold; }}
-    .range {{ stroke-opacity: 0.45; stroke-width: 2; }} .predicted, .measured {{ stroke-width: 1.5; }}
-    {_colours(_LIGHT)}
-    @media (prefers-color-scheme: dark) {{
-    {_colours(_DARK)}
-    }}"""
+LEVELS = {"slice": "#0b6bb5", "scan": "#c2500c", "study": "#0a8060"}  # and their colours
+MARKERS = {"forward": "o", "backward": "s"}
 
 
 @dataclass(frozen=True)
@@ -149,99 +106,56 @@ def measured(rows: list[dict]) -> Roofline:
     )  # fmt: skip
 
 
-class Axes:
-    """Where a point lies in the picture; both axes are logarithmic and as long as the points need."""
-
-    def __init__(self, roofline: Roofline):
-        rates = [roofline.flops] + [r for p in roofline.points for r in (p.measured, p.low, p.high) if r]
-        intensities = [p.intensity for p in roofline.points] + [roofline.flops / roofline.bandwidth / 3]
-        self.x = math.log10(min(intensities) / 1.6), math.log10(max(intensities) * 1.6)
-        self.y = math.log10(min(rates) / 1.6), math.log10(max(rates) * 1.5)
-
-    def at(self, intensity: float, rate: float) -> tuple[float, float]:
-        across = (math.log10(intensity) - self.x[0]) / (self.x[1] - self.x[0])
-        up = (math.log10(rate) - self.y[0]) / (self.y[1] - self.y[0])
-        return LEFT + across * (WIDTH - RIGHT - LEFT), BOTTOM - up * (BOTTOM - TOP)
+def texts(roofline: Roofline) -> list[str]:
+    """A line for every point, which the picture also carries in its description."""
+    return [f"{p.workload}, {p.level}, {p.part}: {_rates(p)} TFLOP/s at {p.intensity:.3g} FLOP/byte, {p.implementation}"
+            for p in roofline.points]  # fmt: skip
 
 
-def svg(roofline: Roofline) -> str:
-    """The picture. Labels stand in a list for each level under the plot, in the order of the points from left to right."""
-    axes = Axes(roofline)
-    lists, height = _lists(roofline.points)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">',
-        f"  <style>{STYLE}\n  </style>",
-        f'  <rect class="back" width="{WIDTH}" height="{height}"/>',
-        f'  <text class="title" x="{LEFT}" y="22">{escape(roofline.heading)}</text>',
-        f'  <text class="small" x="{LEFT}" y="42">{escape(roofline.source)}</text>',
-        *_grid(axes),
-        *_roof(axes, roofline),
-        *(line for point in roofline.points for line in _marker(axes, point)),
-        *lists,
-        *_key(roofline, height),
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
+def draw(roofline: Roofline, path: Path) -> None:
+    """Writes the picture, as what the ending of the path says. The figures stand in a table for each level under the plot."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
-def _grid(axes: Axes) -> list[str]:
-    lines = []
-    for exponent in range(math.floor(axes.x[0]), math.ceil(axes.x[1]) + 1):
-        if axes.x[0] <= exponent <= axes.x[1]:
-            x, _ = axes.at(10**exponent, 10 ** axes.y[0])
-            lines.append(f'  <path class="grid" d="M{x:.1f} {TOP}V{BOTTOM}"/>')
-            lines.append(f'  <text x="{x:.1f}" y="{BOTTOM + 17}" text-anchor="middle">{10**exponent:g}</text>')
-    for exponent in range(math.floor(axes.y[0]), math.ceil(axes.y[1]) + 1):
-        for digit in (1, 2, 5):
-            rate = digit * 10.0**exponent
-            if axes.y[0] <= math.log10(rate) <= axes.y[1]:
-                _, y = axes.at(10 ** axes.x[0], rate)
-                lines.append(f'  <path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-                lines.append(f'  <text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{rate / 1e12:g}</text>')
-    across, middle = (LEFT + WIDTH - RIGHT) / 2, (TOP + BOTTOM) / 2
-    return [
-        *lines,
-        f'  <path class="axis" d="M{LEFT} {TOP}V{BOTTOM}H{WIDTH - RIGHT}"/>',
-        f'  <text x="{across:.0f}" y="{BOTTOM + 36}" text-anchor="middle">FLOP per byte of device memory</text>',
-        f'  <text transform="translate(16 {middle:.0f}) rotate(-90)" text-anchor="middle">TFLOP/s</text>',
-    ]
-
-
-def _roof(axes: Axes, roofline: Roofline) -> list[str]:
-    ridge = roofline.flops / roofline.bandwidth
-    left = max(10 ** axes.x[0], 10 ** axes.y[0] / roofline.bandwidth)  # where the slope enters the plot
-    (x0, y0), (x1, y1), (x2, _) = (
-        axes.at(left, roofline.bandwidth * left), axes.at(ridge, roofline.flops), axes.at(10 ** axes.x[1], roofline.flops)
-    )  # fmt: skip
-    middle, angle = ((x0 + x1) / 2, (y0 + y1) / 2), math.degrees(math.atan2(y1 - y0, x1 - x0))
-    return [
-        f'  <path class="roof" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}H{x2:.1f}"/>',
-        f'  <text transform="translate({middle[0]:.1f} {middle[1]:.1f}) rotate({angle:.1f})" text-anchor="middle" dy="-9">'
-        f"{roofline.bandwidth / 1e12:.3g} TB/s</text>",
-        f'  <text x="{x1 + 4:.1f}" y="{y1 - 7:.1f}">{roofline.flops / 1e12:.3g} TFLOP/s</text>',
-    ]
-
-
-def _shape(part: str, kind: str, x: float, y: float) -> str:
-    if part == "forward":
-        return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
-    return f'<rect class="{kind}" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
-
-
-def _marker(axes: Axes, p: Point) -> list[str]:
-    """A point, with a text that shows under the mouse."""
-    inside = []
-    if p.low and p.high:
-        (x, low), (_, high) = axes.at(p.intensity, p.low), axes.at(p.intensity, p.high)
-        inside.append(f'<path class="range" d="M{x:.1f} {low:.1f}V{high:.1f}"/>')
-        if not p.measured:
-            inside.append(_shape(p.part, "predicted", x, (low + high) / 2))
-        else:
-            inside += [_shape(p.part, "predicted", x, y) for y in (low, high)]
-    if p.measured:
-        inside.append(_shape(p.part, "measured", *axes.at(p.intensity, p.measured)))
-    title = f"{p.workload}, {p.level}, {p.part}: {_rates(p)} TFLOP/s, {p.implementation}"
-    return [f'  <g class="{escape(p.level)}"><title>{escape(title)}</title>{"".join(inside)}</g>']
+    style = {"svg.hashsalt": "roofline", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(figsize=(9, 6.4))
+        figure.subplots_adjust(left=0.08, right=0.98, top=0.9, bottom=0.36)
+        for p in roofline.points:
+            colour, tflops = LEVELS[p.level], {"low": p.low, "high": p.high, "measured": p.measured}
+            low, high, seen = (tflops[k] and tflops[k] / 1e12 for k in tflops)
+            shape = {"marker": MARKERS[p.part], "markersize": 6, "color": colour}
+            if low and high:
+                axes.plot([p.intensity] * 2, [low, high], color=colour, alpha=0.45)
+                hollow = [low, high] if seen else [(low * high) ** 0.5]
+                axes.plot([p.intensity] * len(hollow), hollow, linestyle="", markerfacecolor="white", **shape)
+            if seen:
+                axes.plot(p.intensity, seen, linestyle="", **shape)
+        axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of device memory", ylabel="TFLOP/s")
+        left, right = axes.get_xlim()
+        ridge = roofline.flops / roofline.bandwidth
+        slope = f"{roofline.bandwidth / 1e12:.3g} TB/s, {roofline.flops / 1e12:.3g} TFLOP/s"
+        at = [min(left, ridge / 3), ridge, max(right, ridge * 3)]
+        axes.plot(at, [min(x * roofline.bandwidth, roofline.flops) / 1e12 for x in at], color="black", label=slope)
+        for part, marker in MARKERS.items():
+            axes.plot([], [], linestyle="", marker=marker, color="grey", markerfacecolor="white", label=part)
+        axes.legend(loc="lower right")
+        axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter("{x:g}")
+        figure.suptitle(roofline.heading, x=0.08, ha="left", weight="bold")
+        axes.set_title(roofline.source, loc="left", fontsize=8)
+        for column, level in enumerate(LEVELS):
+            text = _table([p for p in roofline.points if p.level == level])
+            place = {"family": "monospace", "fontsize": 7, "va": "top"}
+            figure.text(0.03 + 0.325 * column, 0.27, level, color=LEVELS[level], weight="bold")
+            figure.text(0.03 + 0.325 * column, 0.255, text, **place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        svg = path.suffix == ".svg"
+        figure.savefig(path, metadata={"Date": None, "Description": "\n".join(texts(roofline))} if svg else None, dpi=150)
+        plt.close(figure)
 
 
 def _number(x: float) -> str:
@@ -252,47 +166,16 @@ def _number(x: float) -> str:
 def _rates(p: Point) -> str:
     if p.measured:
         return _number(p.measured / 1e12)
-    low, high = _number(p.low / 1e12), _number(p.high / 1e12)
-    return low if low == high else f"{low} - {high}"
+    return f"{_number(p.low / 1e12)} - {_number(p.high / 1e12)}"
 
 
-def _lists(points: list[Point]) -> tuple[list[str], int]:
-    """For every level its workloads, from left to right in the plot; and the height of the picture with the longest list."""
-    lines, longest = [], 0
-    levels = [level for level in LEVELS if any(p.level == level for p in points)]
-    step = (WIDTH - LEFT - RIGHT) / max(1, len(levels))
-    top = BOTTOM + 66
-    for column, level in enumerate(levels):
-        x = LEFT + column * step
-        lines.append(f'  <g class="{level}"><text class="name" x="{x:.0f}" y="{top}">{level}</text></g>')
-        forward = sorted((p for p in points if p.level == level and p.part == "forward"), key=lambda p: p.intensity)
-        table = [("", "FLOP/byte", "forward", "backward")]
-        for p in forward:
-            other = next((o for o in points if (o.workload, o.level, o.part) == (p.workload, level, "backward")), None)
-            table.append((p.workload, _number(p.intensity), _rates(p), _rates(other) if other else "-"))
-        for n, (name, *cells) in enumerate(table):
-            y = top + n * LINE
-            if name:
-                lines.append(f'  <text class="small" x="{x:.0f}" y="{y}">{escape(name)}</text>')
-            for at, cell in zip((128, 192, 258), cells, strict=True):
-                lines.append(f'  <text class="small" x="{x + at:.0f}" y="{y}" text-anchor="end">{escape(cell)}</text>')
-        longest = max(longest, len(forward))
-    return lines, top + longest * LINE + 44
-
-
-def _key(roofline: Roofline, height: int) -> list[str]:
-    x, y = LEFT, height - 16
-    lines = [
-        f'  <g class="key">{_shape("forward", "predicted", x + 5, y - 4)}{_shape("backward", "predicted", x + 77, y - 4)}</g>'
-    ]
-    lines.append(f'  <text class="small" x="{x + 15}" y="{y}">forward</text>')
-    hollow = "hollow: predicted; filled: measured" if any(p.measured for p in roofline.points) else "hollow: predicted"
-    lines.append(f'  <text class="small" x="{x + 87}" y="{y}">backward ({hollow})</text>')
-    lines.append(
-        f'  <text class="small" x="{WIDTH - RIGHT}" y="{y}" text-anchor="end">'
-        "tables: FLOP/byte of the forward pass; forward and backward in TFLOP/s</text>"
-    )
-    return lines
+def _table(points: list[Point]) -> str:
+    """Workloads of a level by intensity: FLOP/byte of the forward pass, TFLOP/s of both passes."""
+    lines = [f"{'':13} {'FLOP/B':>6} {'forward':>10} {'backward':>10}"]
+    backward = {p.workload: _rates(p) for p in points if p.part == "backward"}
+    for p in sorted((p for p in points if p.part == "forward"), key=lambda p: p.intensity):
+        lines.append(f"{p.workload:13} {_number(p.intensity):>6} {_rates(p):>10} {backward.get(p.workload, '-'):>10}")
+    return "\n".join(lines).replace(" ", "\u00a0")  # SVG runs plain spaces together
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -302,17 +185,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.split("\n\n")[0])
     parser.add_argument("rows", type=Path, nargs="*", help="rows of benchmarks.report (CSV, or pytest-benchmark JSON)")
     parser.add_argument("--predicted", choices=list(RATES), metavar="GPU", help="the models' points instead")
-    parser.add_argument("--out", type=Path, required=True, help="the SVG file to write")
+    parser.add_argument("--out", type=Path, required=True, help="the picture to write, .svg or .png")
     args = parser.parse_args(argv)
     if bool(args.rows) == bool(args.predicted):
         parser.error("give rows or --predicted, one of them")
     try:
         roofline = predicted(args.predicted) if args.predicted else measured([row for path in args.rows for row in read(path)])
+        draw(roofline, args.out)
+    except ImportError:
+        print("roofline: drawing needs matplotlib: pip install matplotlib", file=sys.stderr)
+        return 1
     except (OSError, ValueError) as error:
         print(f"roofline: {error}", file=sys.stderr)
         return 1
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(svg(roofline))
     return 0
 
 

@@ -236,7 +236,7 @@ def test_registers_add_up():
 
 @pytest.mark.parametrize("strides", ["packed", "contiguous", "heads first", "odd address", "odd rows", "expanded"])
 def test_rows_that_tma_cannot_address_are_copied(strides):
-    """It wants addresses and strides of 16 bytes and rows that do not overlap; a contiguous tensor may yet begin at an odd one."""
+    """It wants 16-byte addresses and strides, and rows that do not overlap; a contiguous tensor may yet begin at an odd one."""
     x = torch.randn(10, 3, 2, 64).half()
     t = {
         "packed": lambda: x[:, 1],
