@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from .backends.triton.config import config_for, kind_of, padded_head_dim
+from .backends.triton.config import config_for, kind_of
 from .layout import Layout
 from .pattern import K_PATCHES, K_PREFIXES, Plan
 
@@ -135,7 +135,7 @@ def predict_kernel(
     steps = whole // step + -(-(seen - whole) // step)
     logits = steps * float(block * step)
     real = np.minimum(block, rows[:, 1] + rows[:, 3] - tiles[:, 1]) * seen.astype(float)
-    width = padded_head_dim(head_dim)
+    width = sum(config.columns)
     floats = _FLOATS[kernel] + (_ROUNDING * (_OPERANDS[kernel] + 2 * width / block) if kind == "tf32" else 0)
     times = {
         "matrix": logits * 2 * _PRODUCTS[kernel] * width / rates.matrix[kind],

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from .backends.triton.config import KERNELS, Config, config_for, padded_head_dim
+from .backends.triton.config import KERNELS, Config, config_for
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 # What the inputs are and whether TF32 products are allowed, by the name it has here and in the record.
@@ -65,8 +65,8 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Resources:
-    """Figures of one compiled kernel; ``spill_bytes`` is local memory (stack) per thread, ``matrix_kind`` which matrix
-    instructions there are: ``HGMMA`` is Hopper's warpgroup product, ``HMMA`` the one of a single warp."""
+    """Figures of one compiled kernel. ``columns``: of a tile, one block or two. ``spill_bytes``: local memory (stack) a thread.
+    ``matrix_kind``: which matrix instructions there are; ``HGMMA`` is Hopper's warpgroup product, ``HMMA`` that of one warp."""
 
     kernel: str
     dtype: str
@@ -74,6 +74,7 @@ class Resources:
     arch: str
     block_m: int
     block_n: int
+    columns: str
     num_warps: int
     num_stages: int
     registers: int
@@ -102,10 +103,12 @@ def compile_kernel(kernel: str, kind: str, head_dim: int, arch: str, config: Con
     config = config or config_for(kernel, dtype, head_dim, target.family, tf32)
     if config is None:
         raise ValueError(f"{kernel} has no tiles for {kind} and head dim {head_dim} on {arch}")
+    config = config.on(head_dim)
     function = getattr(kernels, kernel, None) or getattr(fused_backward, kernel)
     constants = {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim),
+        "BLOCK_D": config.columns[0],
+        "BLOCK_E": config.columns[1],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "PRECISION": "tf32" if tf32 else "ieee",
@@ -131,7 +134,7 @@ def compile_kernel(kernel: str, kind: str, head_dim: int, arch: str, config: Con
         registers, spills, matrix = _read_amdgcn(compiled.asm["amdgcn"], target)
     return Resources(
         kernel, kind, head_dim, arch,
-        config.block_m, config.block_n, config.num_warps, config.num_stages,
+        config.block_m, config.block_n, "+".join(str(c) for c in config.columns if c), config.num_warps, config.num_stages,
         registers, compiled.metadata.shared, spills, len(matrix), "+".join(sorted(set(matrix))),
     )  # fmt: skip
 
@@ -219,13 +222,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
     rows = []
-    print("kernel                   dtype    D    arch    tile     warps stages  regs  shared  spill  matrix")
+    print("kernel                   dtype    D    arch    tile     columns warps stages  regs  shared  spill  matrix")
     for combination in shipped(args.arch, args.dtype, args.head_dim, args.kernel):
         r = compile_kernel(*combination)
         rows.append(r)
         print(
-            f"{r.kernel:24} {r.dtype:8} {r.head_dim:<4} {r.arch:7} {r.block_m:>3}x{r.block_n:<4} {r.num_warps:>5} "
-            f"{r.num_stages:>6} {r.registers:>5} {r.shared_memory:>7} {r.spill_bytes:>6} "
+            f"{r.kernel:24} {r.dtype:8} {r.head_dim:<4} {r.arch:7} {r.block_m:>3}x{r.block_n:<4} {r.columns:>7} "
+            f"{r.num_warps:>5} {r.num_stages:>6} {r.registers:>5} {r.shared_memory:>7} {r.spill_bytes:>6} "
             f"{r.matrix_instructions:>7} {r.matrix_kind}",
             flush=True,
         )

@@ -13,7 +13,7 @@ from hlip_kernels import Layout
 LENGTHS = (0, 0, 1, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200)
 PREFIXES = (0, 1, 2, 5)
 LEVELS = ("slice", "scan", "study")
-HEAD_DIMS = (16, 24, 32, 64, 80, 96, 128, 192, 256)
+HEAD_DIMS = (16, 24, 32, 64, 72, 80, 96, 128, 192, 256)
 
 RAGGED = [[[5, 0, 17], [64, 1]], [], [[130], [], [33, 63, 65]], [[0]]]  # studies of scans of slices
 

@@ -52,7 +52,7 @@ def sdpa_error(layout, level, qkv, dtype, truth):
     return relative(out, truth[0]), relative(grad, truth[1])
 
 
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 72, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["triton", "cuda", "sdpa"])
 def test_attention_error_is_at_most_twice_torchs_own(layout, backend, dtype, head_dim):

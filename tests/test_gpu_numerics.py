@@ -18,7 +18,7 @@ from hlip_kernels.backends.triton import config, is_fused
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 GRIDS = [[(2, 5, 7), (3, 9, 9), (8, 14, 14)], [], [(0, 2, 2), (1, 1, 1), (3, 8, 16)]]
-HEAD_DIMS = [16, 32, 64, 80, 96, 128, 192, 256]
+HEAD_DIMS = [16, 32, 64, 72, 80, 96, 128, 192, 256]
 # (dtype, allow_tf32)
 KINDS = [(torch.float16, False), (torch.bfloat16, False), (torch.float32, False), (torch.float32, True)]
 KIND_IDS = ["float16", "bfloat16", "float32", "tfloat32"]

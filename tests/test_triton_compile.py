@@ -14,7 +14,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from hlip_kernels.backends.triton.config import Config, config_for
+import torch
+
+from hlip_kernels.backends.triton.config import FAMILIES, KERNELS, WIDTHS, Config, config_for
 from hlip_kernels.resources import ARCHITECTURES, HEAD_DIMS, KINDS, read_rows, shipped
 
 VERSION = ".".join(version("triton").split(".")[:2])
@@ -73,7 +75,26 @@ def test_every_shipped_configuration_is_on_record():
         for r in read_rows(record):
             dtype, tf32 = KINDS[r.dtype]
             own = config_for(r.kernel, dtype, r.head_dim, ARCHITECTURES[r.arch].family, tf32)
-            assert Config(r.block_m, r.block_n, r.num_warps, r.num_stages) == own, f"{record.name} is out of date: {r}"
+            columns = tuple(map(int, r.columns.split("+"))) + ("+" not in r.columns) * (0,)
+            assert Config(r.block_m, r.block_n, r.num_warps, r.num_stages, columns) == own, f"{record.name} is out of date: {r}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tile_has_the_least_columns_that_hold_a_head_and_do_not_spill(family):
+    for head_dim in range(8, 257, 8):
+        for kind in (2, 4, "tf32"):
+            least = next(c for c in WIDTHS if sum(c) >= head_dim)
+            dtype, tf32 = torch.float16 if kind == 2 else torch.float32, kind == "tf32"
+            for kernel in KERNELS:
+                config = config_for(kernel, dtype, head_dim, family, tf32)
+                if config is None:  # the two kernels that always run do instead
+                    assert kernel in ("attention_backward_fused", "attention_backward_delta")
+                elif sum(config.columns) != sum(least):  # the next that have tiles
+                    assert head_dim > 64 and len([w for w in WIDTHS if sum(least) <= sum(w) < sum(config.columns)]) <= 2
+                else:
+                    assert config.columns == least
+    at_80 = config_for("attention_forward", torch.bfloat16, 72, family)
+    assert at_80.columns == (64, 16)
 
 
 def test_an_unknown_architecture_is_refused():

@@ -15,7 +15,7 @@ import torch
 
 from ..base import Backend, Numerics, Query, Support
 from . import config as tables
-from .config import DTYPES, MAX_HEAD_DIM, config_for, family_of, has_tf32, padded_head_dim
+from .config import DTYPES, MAX_HEAD_DIM, config_for, family_of, has_tf32
 
 _LOG2_E = math.log2(math.e)
 
@@ -149,8 +149,8 @@ def prepare_fused(out, grad_out, grad_lse, has_grad_lse, tf32=False) -> tuple[to
         kernels.attention_backward_delta[(-(-num_rows // config.block_m), heads)](
             out, grad_out, grad_lse, delta, dq_sum,
             *_strides(out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *_strides(dq_sum), num_rows,
-            HAS_GRAD_LSE=has_grad_lse, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            HAS_GRAD_LSE=has_grad_lse, HEAD_DIM=head_dim, BLOCK_D=config.columns[0], BLOCK_E=config.columns[1],
+            BLOCK_M=config.block_m, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return delta, dq_sum
 
@@ -173,7 +173,8 @@ def _launch(kernel, config, tiles, heads, head_dim, tf32, device, *args, **const
             *args,
             **constants,
             HEAD_DIM=head_dim,
-            BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_D=config.columns[0],
+            BLOCK_E=config.columns[1],
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             PRECISION="tf32" if tf32 else "ieee",

@@ -1,12 +1,12 @@
 """Tile sizes of the Triton kernels: a readable table, no autotuning, no dependence on sequence length.
 
-Keyed on family of GPUs, kernel, kind of product (bytes per element, or TF32) and padded head dim. Predicted from registers and
-shared memory (``python -m hlip_kernels.resources`` prints both, for any triton), not yet measured on a GPU.
+Keyed on family of GPUs, kernel, kind of product (bytes per element, or TF32) and columns of a tile. Predicted from registers
+and shared memory (``python -m hlip_kernels.resources`` prints both, for any triton), not yet measured on a GPU.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -14,12 +14,18 @@ import torch
 
 @dataclass(frozen=True)
 class Config:
-    """``block_m`` query rows and ``block_n`` key rows a tile, ``num_warps`` warps, ``num_stages`` of loads in flight."""
+    """``block_m`` query rows and ``block_n`` key rows a tile, ``num_warps`` warps, ``num_stages`` of loads in flight; and which
+    of :data:`WIDTHS` the columns of a tile are (``None``: the least that hold a head)."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    columns: tuple[int, int] | None = None
+
+    def on(self, head_dim: int) -> Config:
+        """The same with its columns."""
+        return self if self.columns else replace(self, columns=next(c for c in WIDTHS if sum(c) >= head_dim))
 
 
 KERNELS = (
@@ -32,6 +38,11 @@ KERNELS = (
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 
+# The columns of a tile are one block or two (else 0), each a power of two from 16 on, the least that ``tl.dot`` takes.
+WIDTHS = ((16, 0), (32, 0), (64, 0), (64, 16), (64, 32), (128, 0), (128, 64), (256, 0))
+# In place of tiles: those of the next larger width do, since all worth having spill at this one.
+WIDER = "wider"
+
 # The fast backward pass moves dQ through memory in float32, which its fewer products make up for when rows see many keys:
 # predicted, from 300 (if nothing overlaps) to 1000 (if all does) at head dim 64, 16 bit, on an H200. Where the longest segment
 # sees fewer than this, the two other kernels run.
@@ -41,70 +52,97 @@ FUSED_FROM = 512
 # shared memory (sm_80, sm_86, sm_89, sm_120), "amd" 64 threads a warp and 64 KB.
 FAMILIES = ("hopper", "ampere", "amd")
 
-# (kernel, bytes per element or "tf32") -> {padded head dim: Config}. No entry spills a register with triton 3.6, 3.8 or 3.9;
-# tests/test_triton_compile.py holds them to that.
+# (kernel, bytes per element or "tf32") -> {columns: Config, WIDER, or None where the kernel is not used}. No entry spills a
+# register with triton 3.6, 3.8 or 3.9; tests/test_triton_compile.py holds them to that.
 _HOPPER = {
     ("attention_forward", 2): {
         16: Config(128, 64, 4, 3),
         32: Config(128, 64, 4, 3),
         64: Config(128, 64, 4, 3),
+        80: Config(128, 64, 4, 3),
+        96: Config(128, 64, 8, 3),
         128: Config(64, 64, 4, 2),
+        192: Config(64, 64, 8, 2),
         256: Config(64, 64, 8, 2),
     },
     ("attention_backward_dq", 2): {
         16: Config(128, 32, 4, 2),
         32: Config(128, 32, 4, 2),
         64: Config(128, 64, 8, 2),
+        80: Config(128, 64, 8, 2),
+        96: Config(128, 64, 8, 2),
         128: Config(64, 32, 4, 2),
+        192: Config(64, 32, 4, 2),
         256: Config(64, 32, 8, 2),
     },
     ("attention_backward_dkdv", 2): {
         16: Config(64, 128, 8, 2),
         32: Config(64, 128, 8, 2),
         64: Config(64, 128, 8, 2),
+        80: Config(64, 128, 8, 2),
+        96: Config(64, 128, 8, 2),
         128: Config(32, 64, 8, 2),
+        192: Config(32, 32, 8, 2),
         256: Config(32, 32, 8, 1),
     },
     ("attention_forward", 4): {
         16: Config(32, 32, 4, 1),
         32: Config(64, 32, 4, 1),
         64: Config(64, 32, 8, 1),
+        80: Config(32, 16, 8, 1),
+        96: Config(64, 32, 8, 1),
         128: Config(32, 16, 8, 1),
+        192: Config(32, 16, 8, 1),
         256: Config(16, 16, 8, 1),
     },
     ("attention_backward_dq", 4): {
         16: Config(32, 32, 4, 2),
         32: Config(32, 32, 4, 1),
         64: Config(32, 32, 4, 2),
+        80: Config(32, 32, 4, 3),
+        96: Config(32, 32, 4, 3),
         128: Config(16, 16, 8, 3),
+        192: Config(16, 16, 8, 3),
         256: Config(16, 16, 16, 2),
     },
     ("attention_backward_dkdv", 4): {
         16: Config(32, 32, 4, 1),
         32: Config(32, 32, 4, 1),
         64: Config(32, 32, 8, 1),
+        80: Config(16, 32, 8, 1),
+        96: Config(16, 32, 8, 1),
         128: Config(16, 32, 8, 1),
+        192: WIDER,
         256: Config(16, 16, 8, 1),
     },
     ("attention_forward", "tf32"): {
         16: Config(128, 64, 8, 2),
         32: Config(128, 64, 8, 2),
         64: Config(128, 32, 8, 2),
+        80: Config(64, 64, 8, 2),
+        96: Config(128, 32, 8, 2),
         128: Config(128, 32, 8, 2),
+        192: Config(32, 32, 8, 2),
         256: Config(32, 32, 16, 1),
     },
     ("attention_backward_dq", "tf32"): {
         16: Config(128, 64, 8, 2),
         32: Config(128, 64, 8, 2),
         64: Config(128, 32, 8, 2),
+        80: Config(128, 32, 8, 2),
+        96: Config(128, 32, 8, 2),
         128: Config(32, 16, 8, 2),
+        192: Config(32, 32, 8, 2),
         256: Config(32, 32, 8, 1),
     },
     ("attention_backward_dkdv", "tf32"): {
         16: Config(64, 128, 8, 2),
         32: Config(64, 128, 8, 2),
         64: Config(32, 128, 8, 2),
+        80: Config(16, 128, 8, 2),
+        96: WIDER,
         128: Config(32, 32, 8, 2),
+        192: Config(32, 32, 8, 2),
         256: Config(16, 32, 8, 1),
     },
     # The fast backward pass. A tile of keys adds D floats to dQ for every query row it meets: with fewer than some 100 keys (50
@@ -114,14 +152,20 @@ _HOPPER = {
         16: Config(64, 128, 8, 2),
         32: Config(64, 128, 8, 2),
         64: Config(64, 128, 8, 2),
+        80: WIDER,
+        96: WIDER,
         128: Config(32, 128, 8, 2),
+        192: WIDER,
         256: None,
     },
     ("attention_backward_fused", "tf32"): {
         16: Config(64, 128, 8, 2),
         32: Config(32, 128, 8, 2),
         64: Config(32, 128, 8, 2),
+        80: WIDER,
+        96: WIDER,
         128: None,
+        192: WIDER,
         256: None,
     },
     # No products: block_n is nothing.
@@ -129,14 +173,20 @@ _HOPPER = {
         16: Config(128, 0, 4, 1),
         32: Config(128, 0, 4, 1),
         64: Config(64, 0, 4, 1),
+        80: Config(32, 0, 4, 1),
+        96: Config(32, 0, 4, 1),
         128: Config(32, 0, 4, 1),
+        192: Config(16, 0, 4, 1),
         256: Config(16, 0, 4, 1),
     },
     ("attention_backward_delta", "tf32"): {
         16: Config(128, 0, 4, 1),
         32: Config(128, 0, 4, 1),
         64: Config(64, 0, 4, 1),
+        80: Config(32, 0, 4, 1),
+        96: Config(32, 0, 4, 1),
         128: Config(32, 0, 4, 1),
+        192: Config(16, 0, 8, 1),
         256: Config(16, 0, 8, 1),
     },
 }
@@ -145,33 +195,55 @@ _HOPPER = {
 _AMPERE = {
     ("attention_forward", 2): {
         64: Config(128, 64, 8, 3),
+        80: Config(128, 64, 8, 3),
+        96: Config(128, 64, 8, 2),
         128: Config(64, 32, 4, 2),
+        192: Config(32, 64, 4, 2),
         256: Config(64, 32, 8, 2),
     },
     ("attention_backward_dq", 2): {
+        80: Config(128, 32, 8, 2),
+        96: Config(128, 32, 8, 2),
+        192: Config(64, 32, 8, 2),
         256: Config(32, 32, 8, 2),
+    },
+    ("attention_backward_dq", 4): {
+        80: Config(32, 32, 8, 3),
+    },
+    ("attention_backward_dkdv", 4): {
+        80: Config(32, 32, 8, 1),
     },
     ("attention_backward_dkdv", 2): {
         64: Config(32, 128, 8, 2),
+        80: Config(32, 128, 8, 2),
+        96: WIDER,
     },
     ("attention_forward", 4): {
+        80: Config(32, 32, 8, 1),
+        96: Config(64, 16, 8, 1),
         256: Config(16, 32, 8, 1),
     },
     ("attention_forward", "tf32"): {
         64: Config(128, 64, 8, 2),
+        80: Config(128, 32, 8, 2),
         128: Config(64, 32, 8, 2),
+        192: WIDER,
         256: Config(64, 16, 8, 1),
     },
     ("attention_backward_dq", "tf32"): {
         32: Config(64, 32, 4, 2),
         64: Config(32, 32, 4, 2),
+        80: Config(64, 16, 4, 2),
+        96: Config(64, 16, 4, 2),
         128: Config(64, 16, 8, 2),
+        192: Config(32, 16, 8, 2),
         256: Config(32, 16, 8, 1),
     },
     ("attention_backward_dkdv", "tf32"): {
         16: Config(32, 64, 4, 2),
         32: Config(32, 64, 4, 2),
         64: Config(32, 32, 4, 2),
+        80: WIDER,
         128: Config(32, 32, 8, 2),
     },
     ("attention_backward_fused", 2): {
@@ -186,56 +258,81 @@ _AMPERE = {
 }
 _AMD = {
     ("attention_forward", 2): {
+        96: Config(128, 64, 4, 3),
+        192: Config(64, 64, 4, 2),
         256: Config(64, 32, 4, 2),
     },
     ("attention_backward_dq", 2): {
+        80: Config(128, 64, 4, 2),
+        96: Config(128, 64, 4, 2),
         256: Config(32, 32, 4, 1),
     },
     ("attention_backward_dkdv", 2): {
         16: Config(64, 64, 4, 1),
         32: Config(64, 64, 4, 1),
         64: Config(32, 64, 4, 1),
+        80: Config(32, 64, 4, 1),
+        96: Config(32, 64, 4, 1),
         128: Config(32, 64, 4, 1),
+        192: Config(32, 64, 4, 1),
         256: Config(16, 32, 4, 1),
     },
     ("attention_forward", 4): {
+        80: Config(64, 32, 8, 1),
         256: Config(16, 16, 4, 1),
     },
     ("attention_backward_dq", 4): {
         64: Config(32, 32, 8, 2),
+        80: Config(16, 32, 8, 2),
+        96: Config(16, 32, 8, 2),
         128: Config(16, 32, 8, 2),
+        192: Config(32, 16, 4, 2),
         256: Config(32, 16, 4, 2),
     },
     ("attention_backward_dkdv", 4): {
         64: Config(16, 32, 4, 1),
+        80: Config(16, 32, 4, 1),
+        96: Config(16, 32, 4, 1),
         128: Config(16, 16, 4, 1),
+        192: Config(16, 16, 4, 1),
         256: Config(16, 16, 4, 1),
     },
     ("attention_forward", "tf32"): {
         16: Config(64, 64, 4, 1),
         32: Config(64, 64, 4, 1),
         64: Config(64, 64, 4, 1),
+        80: Config(64, 64, 4, 1),
+        96: Config(64, 64, 4, 1),
         128: Config(64, 32, 8, 1),
+        192: Config(64, 16, 8, 1),
         256: Config(32, 16, 8, 1),
     },
     ("attention_backward_dq", "tf32"): {
         16: Config(64, 32, 4, 1),
         32: Config(64, 32, 4, 1),
         64: Config(32, 32, 4, 1),
+        80: Config(32, 32, 4, 1),
+        96: Config(32, 32, 4, 1),
         128: Config(32, 16, 4, 1),
+        192: Config(32, 16, 4, 1),
         256: Config(16, 16, 4, 1),
     },
     ("attention_backward_dkdv", "tf32"): {
         16: Config(32, 64, 4, 1),
         32: Config(32, 64, 4, 1),
         64: Config(32, 32, 4, 1),
+        80: Config(32, 32, 4, 1),
+        96: Config(32, 32, 4, 1),
         128: Config(16, 32, 4, 1),
+        192: Config(16, 32, 4, 1),
         256: Config(16, 32, 4, 1),
     },
     ("attention_backward_fused", 2): {
         16: Config(32, 64, 4, 1),
         32: Config(32, 64, 4, 1),
         64: Config(32, 64, 4, 1),
+        80: Config(32, 64, 4, 1),
+        96: Config(32, 64, 4, 1),
         128: Config(16, 64, 4, 1),
     },
     ("attention_backward_fused", "tf32"): {
@@ -244,11 +341,6 @@ _AMD = {
         64: Config(32, 32, 4, 1),
     },
 }
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The power of two a tile of ``head_dim`` columns is padded to (at least 16, the smallest ``tl.dot`` takes)."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 @cache
@@ -274,8 +366,14 @@ def kind_of(dtype: torch.dtype, allow_tf32: bool = False) -> int | str:
     return "tf32" if allow_tf32 and dtype == torch.float32 else dtype.itemsize
 
 
+@cache
 def config_for(kernel: str, dtype: torch.dtype, head_dim: int, family: str, allow_tf32: bool = False) -> Config | None:
     """The tile sizes of one kernel for one of :data:`FAMILIES`; ``None`` where the kernel is not used."""
-    key, width = (kernel, kind_of(dtype, allow_tf32)), padded_head_dim(head_dim)
-    own = {"hopper": {}, "ampere": _AMPERE, "amd": _AMD}[family].get(key, {})
-    return own[width] if width in own else _HOPPER.get(key, {}).get(width)
+    key = (kernel, kind_of(dtype, allow_tf32))
+    own, common = {"hopper": {}, "ampere": _AMPERE, "amd": _AMD}[family].get(key, {}), _HOPPER.get(key, {})
+    for columns in WIDTHS:
+        width = sum(columns)
+        found = own.get(width, common.get(width))
+        if width >= head_dim and found != WIDER:
+            return found and replace(found, columns=columns)
+    raise ValueError(f"head dim {head_dim} is larger than {MAX_HEAD_DIM}")

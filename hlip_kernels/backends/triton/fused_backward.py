@@ -15,60 +15,65 @@ Shape letters as in :mod:`.kernels`.
 import triton
 import triton.language as tl
 
-from .kernels import LOG2_E, _load_tile, _operand, _row_of, _store_tile
+from .kernels import LOG2_E
+from .tiles import (
+    add_tile,
+    dot_of_d,
+    dot_over_d,
+    load_operand,
+    load_tile,
+    operand,
+    row_of,
+    store_tile,
+    sum_over_d,
+    times,
+    zeros,
+)
 
 
 @triton.jit(do_not_specialize=["num_rows", "dlse_head"])  # they change with every batch
 def attention_backward_delta(
     out, grad_out, grad_lse, delta, dq_sum,
     out_row, out_head, do_row, do_head, dlse_head, dlse_row, sum_row, sum_head, num_rows,
-    HAS_GRAD_LSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """``delta = rowsum(dO * O) - dLSE`` of a block of rows of one head, and zeros where their dQ will be summed."""
     head = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
     rows_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok_M = rows_M < num_rows
-    do_MD = _load_tile(grad_out + head * do_head, rows_M, do_row, d, ok_M, HEAD_DIM, True)
-    out_MD = _load_tile(out + head * out_head, rows_M, out_row, d, ok_M, HEAD_DIM, True)
-    delta_M = tl.sum(do_MD.to(tl.float32) * out_MD.to(tl.float32), 1)
+    do_MD = load_tile(grad_out + head * do_head, rows_M, do_row, ok_M, HEAD_DIM, BLOCK_D, BLOCK_E, True)
+    out_MD = load_tile(out + head * out_head, rows_M, out_row, ok_M, HEAD_DIM, BLOCK_D, BLOCK_E, True)
+    delta_M = sum_over_d(do_MD, out_MD)
     if HAS_GRAD_LSE:
         delta_M -= tl.load(grad_lse + head * dlse_head + rows_M.to(tl.int64) * dlse_row, mask=ok_M, other=0.0)
     tl.store(delta + head * num_rows + rows_M, delta_M, mask=ok_M)
-    zeros_MD = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    _store_tile(dq_sum + head * sum_head, rows_M, sum_row, d, ok_M, zeros_MD, HEAD_DIM)
+    store_tile(dq_sum + head * sum_head, rows_M, sum_row, ok_M, zeros(BLOCK_M, BLOCK_D, BLOCK_E), HEAD_DIM)
 
 
 @triton.jit
 def _fused_step(
     dk_ND, dv_ND, k_ND, v_ND, ok_N, q_base, do_base, sum_base, lse_base, delta_base, q_stride, do_stride, sum_stride,
-    rows_M, ok_M, d, scale, scale_log2,
-    HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    rows_M, ok_M, scale, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    q_MD = _operand(_load_tile(q_base, rows_M, q_stride, d, ok_M, HEAD_DIM, MASK_ROWS), PRECISION)
-    do_MD = _operand(_load_tile(do_base, rows_M, do_stride, d, ok_M, HEAD_DIM, MASK_ROWS), PRECISION)
+    q_MD = load_operand(q_base, rows_M, q_stride, ok_M, HEAD_DIM, BLOCK_D, BLOCK_E, MASK_ROWS, PRECISION)
+    do_MD = load_operand(do_base, rows_M, do_stride, ok_M, HEAD_DIM, BLOCK_D, BLOCK_E, MASK_ROWS, PRECISION)
     if MASK_ROWS:
         lse_M = tl.load(lse_base + rows_M, mask=ok_M, other=float("inf"))  # exp2(... - inf) = 0
         delta_M = tl.load(delta_base + rows_M, mask=ok_M, other=0.0)
     else:
         lse_M = tl.load(lse_base + rows_M)
         delta_M = tl.load(delta_base + rows_M)
-    logits_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION) * scale_log2
+    logits_NM = dot_over_d(k_ND, q_MD, PRECISION) * scale_log2
     p_NM = tl.exp2(logits_NM - (lse_M * LOG2_E)[None, :])
     # Keys past the end are zeros and so are their logits, but exp2 of -lse may be Inf, and Inf times the zeros of K is NaN.
     p_NM = tl.where(ok_N[:, None], p_NM, 0.0)
-    dv_ND = tl.dot(_operand(p_NM.to(do_MD.dtype), PRECISION), do_MD, dv_ND, input_precision=PRECISION)
-    dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision=PRECISION)
-    ds_NM = _operand((p_NM * (dp_NM - delta_M[None, :])).to(q_MD.dtype), PRECISION)
-    dk_ND = tl.dot(ds_NM, q_MD, dk_ND, input_precision=PRECISION)
-    dq_MD = tl.dot(tl.trans(ds_NM), k_ND, input_precision=PRECISION) * scale
-    pointers = sum_base + rows_M[:, None].to(tl.int64) * sum_stride + d[None, :]
-    if MASK_ROWS:
-        tl.atomic_add(pointers, dq_MD, mask=ok_M[:, None] & (d < HEAD_DIM)[None, :], sem="relaxed")
-    elif HEAD_DIM == d.shape[0]:
-        tl.atomic_add(pointers, dq_MD, sem="relaxed")
-    else:
-        tl.atomic_add(pointers, dq_MD, mask=(d < HEAD_DIM)[None, :], sem="relaxed")
+    dv_ND = dot_of_d(operand(p_NM.to(do_MD[0].dtype), PRECISION), do_MD, dv_ND, PRECISION)
+    dp_NM = dot_over_d(v_ND, do_MD, PRECISION)
+    ds_NM = operand((p_NM * (dp_NM - delta_M[None, :])).to(q_MD[0].dtype), PRECISION)
+    dk_ND = dot_of_d(ds_NM, q_MD, dk_ND, PRECISION)
+    dq_MD = dot_of_d(tl.trans(ds_NM), k_ND, zeros(rows_M.shape[0], BLOCK_D, BLOCK_E), PRECISION)
+    add_tile(sum_base, rows_M, sum_stride, ok_M, times(dq_MD, scale), HEAD_DIM, MASK_ROWS)
     return dk_ND, dv_ND
 
 
@@ -77,7 +82,8 @@ def attention_backward_fused(
     q, k, v, grad_out, lse, delta, dq_sum, dk, dv, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, sum_row, sum_head, dk_row, dk_head, dv_row, dv_head,
     num_rows, scale, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of key rows of one head, and what it adds to dQ of the query rows that see it.
 
@@ -92,16 +98,15 @@ def attention_backward_fused(
     q_patch, q_patches = tl.load(record + 4), tl.load(record + 5)
     q_prefix, q_total = tl.load(record + 6), tl.load(record + 7) + q_patches
 
-    d = tl.arange(0, BLOCK_D)
     m = tl.arange(0, BLOCK_M)
     j = start + tl.arange(0, BLOCK_N)
     ok_N = j < k_total
-    rows_N = _row_of(j, k_patch, k_patches, k_prefix)
-    k_ND = _operand(_load_tile(k + head * k_head, rows_N, k_row, d, ok_N, HEAD_DIM, True), PRECISION)
-    v_ND = _operand(_load_tile(v + head * v_head, rows_N, v_row, d, ok_N, HEAD_DIM, True), PRECISION)
+    rows_N = row_of(j, k_patch, k_patches, k_prefix)
+    k_ND = load_operand(k + head * k_head, rows_N, k_row, ok_N, HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION)
+    v_ND = load_operand(v + head * v_head, rows_N, v_row, ok_N, HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION)
 
-    dk_ND = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    dv_ND = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dk_ND = zeros(BLOCK_N, BLOCK_D, BLOCK_E)
+    dv_ND = zeros(BLOCK_N, BLOCK_D, BLOCK_E)
     q_base = q + head * q_head
     do_base = grad_out + head * do_head
     sum_base = dq_sum + head * sum_head
@@ -112,13 +117,13 @@ def attention_backward_fused(
         rows_M = q_patch + at + m
         dk_ND, dv_ND = _fused_step(
             dk_ND, dv_ND, k_ND, v_ND, ok_N, q_base, do_base, sum_base, lse_base, delta_base, q_row, do_row, sum_row,
-            rows_M, m < BLOCK_M, d, scale, scale_log2, HEAD_DIM, False, PRECISION,
+            rows_M, m < BLOCK_M, scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_E, False, PRECISION,
         )  # fmt: skip
     for at in range(whole, q_total, BLOCK_M):
-        rows_M = _row_of(at + m, q_patch, q_patches, q_prefix)
+        rows_M = row_of(at + m, q_patch, q_patches, q_prefix)
         dk_ND, dv_ND = _fused_step(
             dk_ND, dv_ND, k_ND, v_ND, ok_N, q_base, do_base, sum_base, lse_base, delta_base, q_row, do_row, sum_row,
-            rows_M, at + m < q_total, d, scale, scale_log2, HEAD_DIM, True, PRECISION,
+            rows_M, at + m < q_total, scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION,
         )  # fmt: skip
-    _store_tile(dk + head * dk_head, rows_N, dk_row, d, ok_N, dk_ND * scale, HEAD_DIM)
-    _store_tile(dv + head * dv_head, rows_N, dv_row, d, ok_N, dv_ND, HEAD_DIM)
+    store_tile(dk + head * dk_head, rows_N, dk_row, ok_N, times(dk_ND, scale), HEAD_DIM)
+    store_tile(dv + head * dv_head, rows_N, dv_row, ok_N, dv_ND, HEAD_DIM)

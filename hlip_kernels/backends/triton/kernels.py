@@ -5,72 +5,45 @@ virtual sequence, its patch rows followed by its prefix rows, so prefix rows nee
 address of the last few rows. Softmax is online, base 2, in float32 (Dao, arXiv 2307.08691). Every output element is
 written by exactly one program, without atomics, so results are the same bits every run.
 
-Shape letters: ``M`` rows of a query tile, ``N`` rows of a key tile, ``D`` head dim padded to a power of two.
+Shape letters: ``M`` rows of a query tile, ``N`` rows of a key tile, ``D`` columns of a head (see :mod:`.tiles`).
 """
 
 import triton
 import triton.language as tl
+
+from .tiles import (
+    as_operand,
+    dot_of_d,
+    dot_over_d,
+    load_operand,
+    load_tile,
+    operand,
+    over,
+    row_of,
+    store_tile,
+    sum_over_d,
+    times,
+    zeros,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _row_of(i, patch, patches, prefix):
-    """Row of the packed buffer at position ``i`` of a record's virtual sequence."""
-    return tl.where(i < patches, patch + i, prefix + (i - patches))
-
-
-@triton.jit
-def _operand(x, PRECISION: tl.constexpr):
-    """``x`` as a matrix product takes it: rounded to TF32 if that is asked for.
-
-    The matrix units drop the 13 bits that TF32 lacks, which makes every product some 7e-4 smaller. So half a unit in the last
-    place is added first: rounding to nearest. NaN and Inf stay what they are.
-    """
-    if PRECISION == "tf32":
-        power = (x.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)  # sign and exponent alone
-        x = (tl.fma(power, 2.0**-11, x).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
-    return x
-
-
-@triton.jit
-def _load_tile(base, rows, row_stride, d, ok, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """Rows of one head, zeros beyond the head dim and, with ``MASK_ROWS``, where not ``ok``. 64-bit row addresses."""
-    pointers = base + rows[:, None].to(tl.int64) * row_stride + d[None, :]
-    if MASK_ROWS:
-        if HEAD_DIM == d.shape[0]:
-            tile = tl.load(pointers, mask=ok[:, None], other=0.0)
-        else:
-            tile = tl.load(pointers, mask=ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    else:
-        if HEAD_DIM == d.shape[0]:
-            tile = tl.load(pointers)
-        else:
-            tile = tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def _store_tile(base, rows, row_stride, d, ok, values, HEAD_DIM: tl.constexpr):
-    pointers = base + rows[:, None].to(tl.int64) * row_stride + d[None, :]
-    tl.store(pointers, values.to(base.dtype.element_ty), mask=ok[:, None] & (d < HEAD_DIM)[None, :])
-
-
-@triton.jit
 def _forward_step(
-    acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_stride, v_stride, rows_N, ok_N, d, scale_log2,
-    HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_stride, v_stride, rows_N, ok_N, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k_ND = _operand(_load_tile(k_base, rows_N, k_stride, d, ok_N, HEAD_DIM, MASK_ROWS), PRECISION)
-    logits_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * scale_log2
+    k_ND = load_operand(k_base, rows_N, k_stride, ok_N, HEAD_DIM, BLOCK_D, BLOCK_E, MASK_ROWS, PRECISION)
+    logits_MN = dot_over_d(q_MD, k_ND, PRECISION) * scale_log2
     if MASK_ROWS:
         logits_MN = tl.where(ok_N[None, :], logits_MN, float("-inf"))
     new_max_M = tl.maximum(max_M, tl.max(logits_MN, 1))
     p_MN = tl.exp2(logits_MN - new_max_M[:, None])
     shrink_M = tl.exp2(max_M - new_max_M)
-    v_ND = _operand(_load_tile(v_base, rows_N, v_stride, d, ok_N, HEAD_DIM, MASK_ROWS), PRECISION)
-    acc_MD = tl.dot(_operand(p_MN.to(v_ND.dtype), PRECISION), v_ND, acc_MD * shrink_M[:, None], input_precision=PRECISION)
+    v_ND = load_operand(v_base, rows_N, v_stride, ok_N, HEAD_DIM, BLOCK_D, BLOCK_E, MASK_ROWS, PRECISION)
+    acc_MD = dot_of_d(operand(p_MN.to(v_ND[0].dtype), PRECISION), v_ND, times(acc_MD, shrink_M[:, None]), PRECISION)
     return acc_MD, new_max_M, sum_M * shrink_M + tl.sum(p_MN, 1)
 
 
@@ -78,7 +51,8 @@ def _forward_step(
 def attention_forward(
     q, k, v, out, lse, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, num_rows, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out = softmax(scale q k^T) v`` and ``lse``, for one tile of query rows of one head."""
     tile = tl.program_id(0)
@@ -90,14 +64,13 @@ def attention_forward(
     k_patch, k_patches = tl.load(record + 4), tl.load(record + 5)
     k_prefix, k_total = tl.load(record + 6), tl.load(record + 7) + k_patches
 
-    d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     i = start + tl.arange(0, BLOCK_M)
     ok_M = i < q_total
-    rows_M = _row_of(i, q_patch, q_patches, q_prefix)
-    q_MD = _operand(_load_tile(q + head * q_head, rows_M, q_row, d, ok_M, HEAD_DIM, True), PRECISION)
+    rows_M = row_of(i, q_patch, q_patches, q_prefix)
+    q_MD = load_operand(q + head * q_head, rows_M, q_row, ok_M, HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION)
 
-    acc_MD = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    acc_MD = zeros(BLOCK_M, BLOCK_D, BLOCK_E)
     max_M = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     sum_M = tl.zeros([BLOCK_M], dtype=tl.float32)
     k_base = k + head * k_head
@@ -106,39 +79,39 @@ def attention_forward(
     for at in range(0, whole, BLOCK_N):  # whole tiles of patch rows: one address run, no masks
         rows_N = k_patch + at + n
         acc_MD, max_M, sum_M = _forward_step(
-            acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_row, v_row, rows_N, n < BLOCK_N, d, scale_log2,
-            HEAD_DIM, False, PRECISION,
+            acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_row, v_row, rows_N, n < BLOCK_N, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_E, False, PRECISION,
         )  # fmt: skip
     for at in range(whole, k_total, BLOCK_N):  # the last patch rows and the prefix rows
-        rows_N = _row_of(at + n, k_patch, k_patches, k_prefix)
+        rows_N = row_of(at + n, k_patch, k_patches, k_prefix)
         acc_MD, max_M, sum_M = _forward_step(
-            acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_row, v_row, rows_N, at + n < k_total, d, scale_log2,
-            HEAD_DIM, True, PRECISION,
+            acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_row, v_row, rows_N, at + n < k_total, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION,
         )  # fmt: skip
 
     if k_total == 0:  # rows outside every segment
         sum_M += 1.0
         max_M = tl.zeros([BLOCK_M], dtype=tl.float32)
-    _store_tile(out + head * out_head, rows_M, out_row, d, ok_M, acc_MD / sum_M[:, None], HEAD_DIM)
+    store_tile(out + head * out_head, rows_M, out_row, ok_M, over(acc_MD, sum_M[:, None]), HEAD_DIM)
     tl.store(lse + head * num_rows + rows_M, (max_M + tl.log2(sum_M)) * LN_2, mask=ok_M)
 
 
 @triton.jit
 def _dq_step(
-    dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_stride, v_stride, rows_N, ok_N, d, scale_log2,
-    HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_stride, v_stride, rows_N, ok_N, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k_ND = _operand(_load_tile(k_base, rows_N, k_stride, d, ok_N, HEAD_DIM, MASK_ROWS), PRECISION)
-    v_ND = _operand(_load_tile(v_base, rows_N, v_stride, d, ok_N, HEAD_DIM, MASK_ROWS), PRECISION)
-    logits_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * scale_log2
+    k_ND = load_operand(k_base, rows_N, k_stride, ok_N, HEAD_DIM, BLOCK_D, BLOCK_E, MASK_ROWS, PRECISION)
+    v_ND = load_operand(v_base, rows_N, v_stride, ok_N, HEAD_DIM, BLOCK_D, BLOCK_E, MASK_ROWS, PRECISION)
+    logits_MN = dot_over_d(q_MD, k_ND, PRECISION) * scale_log2
     p_MN = tl.exp2(logits_MN - lse_log2_M[:, None])
     if MASK_ROWS:
         p_MN = tl.where(ok_N[None, :], p_MN, 0.0)
-    if k_ND.dtype == tl.float32 and PRECISION == "ieee":
+    if k_ND[0].dtype == tl.float32 and PRECISION == "ieee":
         sum_M += tl.sum(p_MN, 1)
-    dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision=PRECISION)
+    dp_MN = dot_over_d(do_MD, v_ND, PRECISION)
     ds_MN = p_MN * (dp_MN - delta_M[:, None])
-    return tl.dot(_operand(ds_MN.to(k_ND.dtype), PRECISION), k_ND, dq_MD, input_precision=PRECISION), sum_M
+    return dot_of_d(operand(ds_MN.to(k_ND[0].dtype), PRECISION), k_ND, dq_MD, PRECISION), sum_M
 
 
 @triton.jit(do_not_specialize=["num_rows", "dlse_head"])  # they change with every batch
@@ -147,7 +120,8 @@ def attention_backward_dq(
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, do_row, do_head, dlse_head, dlse_row, dq_row, dq_head,
     num_rows, scale, scale_log2,
     HAS_GRAD_LSE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of query rows of one head; also writes ``delta = rowsum(dO * O) - dLSE`` for the dK/dV kernel.
 
@@ -164,22 +138,21 @@ def attention_backward_dq(
     k_patch, k_patches = tl.load(record + 4), tl.load(record + 5)
     k_prefix, k_total = tl.load(record + 6), tl.load(record + 7) + k_patches
 
-    d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     i = start + tl.arange(0, BLOCK_M)
     ok_M = i < q_total
-    rows_M = _row_of(i, q_patch, q_patches, q_prefix)
-    do_MD = _load_tile(grad_out + head * do_head, rows_M, do_row, d, ok_M, HEAD_DIM, True)
-    out_MD = _load_tile(out + head * out_head, rows_M, out_row, d, ok_M, HEAD_DIM, True)
-    delta_M = tl.sum(do_MD.to(tl.float32) * out_MD.to(tl.float32), 1)
+    rows_M = row_of(i, q_patch, q_patches, q_prefix)
+    do_MD = load_tile(grad_out + head * do_head, rows_M, do_row, ok_M, HEAD_DIM, BLOCK_D, BLOCK_E, True)
+    out_MD = load_tile(out + head * out_head, rows_M, out_row, ok_M, HEAD_DIM, BLOCK_D, BLOCK_E, True)
+    delta_M = sum_over_d(do_MD, out_MD)
     if HAS_GRAD_LSE:
         delta_M -= tl.load(grad_lse + head * dlse_head + rows_M.to(tl.int64) * dlse_row, mask=ok_M, other=0.0)
     tl.store(delta + head * num_rows + rows_M, delta_M, mask=ok_M)
-    do_MD = _operand(do_MD, PRECISION)
+    do_MD = as_operand(do_MD, PRECISION)
     lse_log2_M = tl.load(lse + head * num_rows + rows_M, mask=ok_M, other=0.0) * LOG2_E
-    q_MD = _operand(_load_tile(q + head * q_head, rows_M, q_row, d, ok_M, HEAD_DIM, True), PRECISION)
+    q_MD = load_operand(q + head * q_head, rows_M, q_row, ok_M, HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION)
 
-    dq_MD = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    dq_MD = zeros(BLOCK_M, BLOCK_D, BLOCK_E)
     sum_M = tl.zeros([BLOCK_M], dtype=tl.float32)
     k_base = k + head * k_head
     v_base = v + head * v_head
@@ -187,48 +160,48 @@ def attention_backward_dq(
     for at in range(0, whole, BLOCK_N):
         rows_N = k_patch + at + n
         dq_MD, sum_M = _dq_step(
-            dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_row, v_row, rows_N, n < BLOCK_N, d, scale_log2,
-            HEAD_DIM, False, PRECISION,
+            dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_row, v_row, rows_N, n < BLOCK_N, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_E, False, PRECISION,
         )  # fmt: skip
     for at in range(whole, k_total, BLOCK_N):
-        rows_N = _row_of(at + n, k_patch, k_patches, k_prefix)
+        rows_N = row_of(at + n, k_patch, k_patches, k_prefix)
         dq_MD, sum_M = _dq_step(
-            dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_row, v_row, rows_N, at + n < k_total, d,
-            scale_log2, HEAD_DIM, True, PRECISION,
+            dq_MD, sum_M, q_MD, do_MD, lse_log2_M, delta_M, k_base, v_base, k_row, v_row, rows_N, at + n < k_total, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION,
         )  # fmt: skip
-    if q_MD.dtype == tl.float32 and PRECISION == "ieee":
+    if q_MD[0].dtype == tl.float32 and PRECISION == "ieee":
         norm_M = 1.0 / tl.where(sum_M > 0, sum_M, 1.0)
         tl.store(delta + (tl.num_programs(1) + head) * num_rows + rows_M, norm_M, mask=ok_M)
-        dq_MD *= norm_M[:, None]
-    _store_tile(dq + head * dq_head, rows_M, dq_row, d, ok_M, dq_MD * scale, HEAD_DIM)
+        dq_MD = times(dq_MD, norm_M[:, None])
+    store_tile(dq + head * dq_head, rows_M, dq_row, ok_M, times(dq_MD, scale), HEAD_DIM)
 
 
 @triton.jit
 def _dkdv_step(
-    dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, norm_base, q_stride, do_stride, rows_M, ok_M, d,
+    dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, norm_base, q_stride, do_stride, rows_M, ok_M,
     scale_log2,
-    HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    q_MD = _operand(_load_tile(q_base, rows_M, q_stride, d, ok_M, HEAD_DIM, MASK_ROWS), PRECISION)
-    do_MD = _operand(_load_tile(do_base, rows_M, do_stride, d, ok_M, HEAD_DIM, MASK_ROWS), PRECISION)
+    q_MD = load_operand(q_base, rows_M, q_stride, ok_M, HEAD_DIM, BLOCK_D, BLOCK_E, MASK_ROWS, PRECISION)
+    do_MD = load_operand(do_base, rows_M, do_stride, ok_M, HEAD_DIM, BLOCK_D, BLOCK_E, MASK_ROWS, PRECISION)
     if MASK_ROWS:
         lse_M = tl.load(lse_base + rows_M, mask=ok_M, other=float("inf"))  # exp2(... - inf) = 0
         delta_M = tl.load(delta_base + rows_M, mask=ok_M, other=0.0)
     else:
         lse_M = tl.load(lse_base + rows_M)
         delta_M = tl.load(delta_base + rows_M)
-    if q_MD.dtype == tl.float32 and PRECISION == "ieee":
+    if q_MD[0].dtype == tl.float32 and PRECISION == "ieee":
         # Operands in the order of the other kernels, so that the logits are the same to the last bit.
-        logits_NM = tl.trans(tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)) * scale_log2
+        logits_NM = tl.trans(dot_over_d(q_MD, k_ND, PRECISION)) * scale_log2
     else:
-        logits_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION) * scale_log2
+        logits_NM = dot_over_d(k_ND, q_MD, PRECISION) * scale_log2
     p_NM = tl.exp2(logits_NM - (lse_M * LOG2_E)[None, :])
-    if q_MD.dtype == tl.float32 and PRECISION == "ieee":
+    if q_MD[0].dtype == tl.float32 and PRECISION == "ieee":
         p_NM *= tl.load(norm_base + rows_M, mask=ok_M, other=0.0)[None, :]
-    dv_ND = tl.dot(_operand(p_NM.to(do_MD.dtype), PRECISION), do_MD, dv_ND, input_precision=PRECISION)
-    dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision=PRECISION)
+    dv_ND = dot_of_d(operand(p_NM.to(do_MD[0].dtype), PRECISION), do_MD, dv_ND, PRECISION)
+    dp_NM = dot_over_d(v_ND, do_MD, PRECISION)
     ds_NM = p_NM * (dp_NM - delta_M[None, :])
-    dk_ND = tl.dot(_operand(ds_NM.to(q_MD.dtype), PRECISION), q_MD, dk_ND, input_precision=PRECISION)
+    dk_ND = dot_of_d(operand(ds_NM.to(q_MD[0].dtype), PRECISION), q_MD, dk_ND, PRECISION)
     return dk_ND, dv_ND
 
 
@@ -237,7 +210,8 @@ def attention_backward_dkdv(
     q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, dk_row, dk_head, dv_row, dv_head,
     num_rows, scale, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of key rows of one head, over the query rows that see it (transposed records)."""
     tile = tl.program_id(0)
@@ -249,16 +223,15 @@ def attention_backward_dkdv(
     q_patch, q_patches = tl.load(record + 4), tl.load(record + 5)
     q_prefix, q_total = tl.load(record + 6), tl.load(record + 7) + q_patches
 
-    d = tl.arange(0, BLOCK_D)
     m = tl.arange(0, BLOCK_M)
     j = start + tl.arange(0, BLOCK_N)
     ok_N = j < k_total
-    rows_N = _row_of(j, k_patch, k_patches, k_prefix)
-    k_ND = _operand(_load_tile(k + head * k_head, rows_N, k_row, d, ok_N, HEAD_DIM, True), PRECISION)
-    v_ND = _operand(_load_tile(v + head * v_head, rows_N, v_row, d, ok_N, HEAD_DIM, True), PRECISION)
+    rows_N = row_of(j, k_patch, k_patches, k_prefix)
+    k_ND = load_operand(k + head * k_head, rows_N, k_row, ok_N, HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION)
+    v_ND = load_operand(v + head * v_head, rows_N, v_row, ok_N, HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION)
 
-    dk_ND = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    dv_ND = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dk_ND = zeros(BLOCK_N, BLOCK_D, BLOCK_E)
+    dv_ND = zeros(BLOCK_N, BLOCK_D, BLOCK_E)
     q_base = q + head * q_head
     do_base = grad_out + head * do_head
     lse_base = lse + head * num_rows
@@ -268,14 +241,14 @@ def attention_backward_dkdv(
     for at in range(0, whole, BLOCK_M):
         rows_M = q_patch + at + m
         dk_ND, dv_ND = _dkdv_step(
-            dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, norm_base, q_row, do_row, rows_M, m < BLOCK_M, d,
-            scale_log2, HEAD_DIM, False, PRECISION,
+            dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, norm_base, q_row, do_row, rows_M, m < BLOCK_M,
+            scale_log2, HEAD_DIM, BLOCK_D, BLOCK_E, False, PRECISION,
         )  # fmt: skip
     for at in range(whole, q_total, BLOCK_M):
-        rows_M = _row_of(at + m, q_patch, q_patches, q_prefix)
+        rows_M = row_of(at + m, q_patch, q_patches, q_prefix)
         dk_ND, dv_ND = _dkdv_step(
             dk_ND, dv_ND, k_ND, v_ND, q_base, do_base, lse_base, delta_base, norm_base, q_row, do_row, rows_M, at + m < q_total,
-            d, scale_log2, HEAD_DIM, True, PRECISION,
+            scale_log2, HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION,
         )  # fmt: skip
-    _store_tile(dk + head * dk_head, rows_N, dk_row, d, ok_N, dk_ND * scale, HEAD_DIM)
-    _store_tile(dv + head * dv_head, rows_N, dv_row, d, ok_N, dv_ND, HEAD_DIM)
+    store_tile(dk + head * dk_head, rows_N, dk_row, ok_N, times(dk_ND, scale), HEAD_DIM)
+    store_tile(dv + head * dv_head, rows_N, dv_row, ok_N, dv_ND, HEAD_DIM)
