@@ -19,8 +19,9 @@ from ..progress import progress_bar
 from ..storage import write_atomically, write_tensors
 from .config import TrainConfig
 from .examples import Batch, Collate, FolderStudies, SimulatedExamples, read_labels, seed_worker
+from .processes import main_says, make_accelerator, patient_group, said_once
 from .run import build_model, context_length, load_state, loss_kind
-from .step import contrastive_step
+from .step import contrastive_step, random_state, set_random_state
 from .validate import Validation
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class ShardedShuffle(Sampler):
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> Metrics | None:
-    """Trains a model and writes a run folder (see :mod:`hlip.train.run`).
+    """Trains a model and writes a run folder (see :mod:`hlip.train.run`), with all processes of a ``torchrun`` together.
 
     Args:
         config: everything.
@@ -51,22 +52,20 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         progress: show a progress bar.
 
     Returns:
-        The last zero-shot metrics, or ``None`` when there was nothing to evaluate on.
+        The last zero-shot metrics, or ``None`` when there was nothing to evaluate on, and on all but the main process.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
     config.validate()
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    accelerator = make_accelerator(config)
     set_seed(config.seed, device_specific=True)
     folder = Path(config.run)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
-    dataset, validation_set, prompts = make_datasets(config)
+    with said_once(accelerator):
+        dataset, validation_set, prompts = make_datasets(config)
     if isinstance(dataset, SimulatedExamples):
         for studies in (dataset.studies, validation_set):
             if studies is not None:
