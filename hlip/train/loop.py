@@ -121,10 +121,13 @@ class Trainer:
                 "(batch_size * accumulate): lower batch_size or add studies"
             )
         self.total_steps = config.epochs * self.steps_per_epoch
+        if self.kind != "dual" and model.config.dual:
+            model.logit_bias.requires_grad_(False)  # the report head's scale: DDP waits for the gradient of what is trained
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.patient = patient_group(accelerator)
         self.step, self.seconds, self.saved = 0, 0.0, time.monotonic()
         self.folder = Path(config.run)
         self.writer = None
@@ -168,7 +171,7 @@ class Trainer:
         return metrics
 
     def train_step(self, batches: list[Batch]) -> float:
-        """One optimiser step on one or more micro-batches; returns the loss."""
+        """One optimiser step on one or more micro-batches; returns the loss, the same on every process."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total_steps, self.config)
@@ -179,7 +182,8 @@ class Trainer:
             )  # fmt: skip
         if self.config.clip_grad > 0:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        value = float(loss)
+        # Each process has the loss of its own studies; what is shown, and whether the step is taken, is one for all.
+        value = float(self.accelerator.reduce(loss, "mean"))
         if math.isfinite(value):
             self.optimizer.step()
         else:
