@@ -155,7 +155,7 @@ class Trainer:
                     self._show(bar, batches, loss, time.monotonic() - tic)
                     if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps or self._late():
                         break
-                    if self.config.save_minutes and time.monotonic() - self.saved > self.config.save_minutes * 60:
+                    if self._save_is_due():
                         self.save()
                 every = self.config.evaluate_every
                 if every and self.step % (every * self.steps_per_epoch) == 0:
@@ -163,7 +163,7 @@ class Trainer:
                 self.save()
             if evaluated != self.step:
                 metrics = self.evaluate(bar)
-            self.save()
+                self.save()
         finally:
             bar.close()
             if self.writer is not None:
@@ -202,11 +202,18 @@ class Trainer:
                 group = []
 
     def _late(self) -> bool:
-        """Whether time is up, by the main process's clock: all processes must stop at the same step."""
-        if not self.config.max_minutes:
-            return False
-        late = torch.tensor(float(self.seconds >= self.config.max_minutes * 60), device=self.accelerator.device)
-        return bool(self.accelerator.gather(late[None])[0])
+        """Whether time is up; like every decision by a clock, the main process's for all."""
+        minutes = self.config.max_minutes
+        return bool(minutes) and main_says(self.accelerator, self.seconds >= minutes * 60)
+
+    def _save_is_due(self) -> bool:
+        minutes = self.config.save_minutes
+        return bool(minutes) and main_says(self.accelerator, time.monotonic() - self.saved > minutes * 60)
+
+    def _wait(self) -> None:
+        """Until every process is here, however long the main one evaluates or writes."""
+        if self.patient is not None:
+            torch.distributed.barrier(group=self.patient)
 
     def _show(self, bar, batches: list[Batch], loss: float, seconds: float) -> None:
         processes = self.accelerator.num_processes
@@ -224,9 +231,14 @@ class Trainer:
     # ------------------------------------------------------------------ evaluation and saving
 
     def evaluate(self, bar=None) -> Metrics | None:
-        """Zero-shot metrics on the validation studies; on the main process only."""
-        if self.validation is None or not self.accelerator.is_main_process:
+        """Zero-shot metrics on the validation studies, from the main process; the others wait and get ``None``."""
+        if self.validation is None:
             return None
+        metrics = self._validate(bar) if self.accelerator.is_main_process else None
+        self._wait()
+        return metrics
+
+    def _validate(self, bar) -> Metrics:
         model = self.accelerator.unwrap_model(self.model)
         metrics = self.validation.run(model, self.tokenizer, self.accelerator.device)
         line = f"step {self.step}: zero-shot macro AUC {metrics.macro_auc:.3f} on {metrics.num_studies} studies"
@@ -237,45 +249,54 @@ class Trainer:
         return metrics
 
     def save(self) -> None:
-        """Writes weights and state; an interrupted write leaves the last good ones."""
+        """Writes weights and state, once for all processes; an interrupted write leaves the last good ones."""
+        from accelerate.utils import gather_object
+
         self.saved = time.monotonic()
-        if not self.accelerator.is_main_process:
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "total_steps": self.total_steps,
-            "model": model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        write_atomically(self.folder / "state.pt", lambda partial: torch.save(state, partial))
-        write_tensors(model.state_dict(), self.folder / "model.safetensors")
+        random_states = gather_object([random_state(self.accelerator.device)])
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            state = {
+                "step": self.step,
+                "seconds": self.seconds,
+                "total_steps": self.total_steps,
+                "model": model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "random_states": random_states,
+            }
+            write_atomically(self.folder / "state.pt", lambda partial: torch.save(state, partial))
+            write_tensors(model.state_dict(), self.folder / "model.safetensors")
+        self._wait()
 
     def resume(self) -> bool:
         """Goes on from the folder's state. Returns whether there was one.
 
         Raises:
-            ValueError: the state belongs to a run with another number of steps, or another model.
+            ValueError: the state belongs to a run with another number of steps, or another model; or not every process
+                finds the same one.
         """
         path = self.folder / "state.pt"
-        if not path.is_file():
-            return False
+        found = path.is_file()
+        if found:
+            self._restore(path)
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(f"the processes find different states in {path} (steps {steps}): all need to see one folder")
+        return found
+
+    def _restore(self, path: Path) -> None:
         state = load_state(path)
         if state["total_steps"] != self.total_steps:
             raise ValueError(
                 f"{path} was saved for {state['total_steps']} steps, this config makes {self.total_steps}: resume with the "
-                "same data, batch size and epochs, or start a new run from its weights (model.checkpoint)"
+                "same data, batch size, epochs and processes, or start a new run from its weights (model.checkpoint)"
             )
         self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["torch_rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        states = state.get("random_states", ())  # one for each process
+        if len(states) == self.accelerator.num_processes:
+            set_random_state(states[self.accelerator.process_index], self.accelerator.device)
         self.step, self.seconds = state["step"], state["seconds"]
-        return True
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
