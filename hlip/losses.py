@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor, nn
 
 KINDS = ("clip", "siglip", "dual")
@@ -27,6 +29,8 @@ class ContrastiveLoss(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"loss must be one of {', '.join(KINDS)}, got {kind!r}")
         self.kind = kind
+        # torch says it at every epoch and on every process; which function gathers is open_clip's affair.
+        warnings.filterwarnings("ignore", "torch.distributed.nn.functional", FutureWarning, "open_clip")
         if kind == "siglip":
             self.loss = SigLipLoss(rank=rank, world_size=world_size)
         else:

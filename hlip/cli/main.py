@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 DESCRIPTION = """\
@@ -33,11 +34,17 @@ def main(argv: list[str] | None = None) -> int:
         return args.run_command(args)
     except (FileNotFoundError, ValueError, ImportError) as error:
         # What people can mend comes as a line, not as a traceback.
-        print(f"hlip {args.command}: {_reason(error)}", file=sys.stderr)
+        print(f"hlip {args.command}{_process()}: {_reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nhlip {args.command}: stopped", file=sys.stderr)
         return 130
+
+
+def _process() -> str:
+    """Which of several processes (``torchrun``) this is."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+    return f" (process {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if several else ""
 
 
 def _reason(error: Exception) -> str:
@@ -123,6 +130,7 @@ def _evaluate(args) -> int:
 
 
 def _train(args) -> int:
+    import torch
     import yaml
 
     from ..train import load_config, train
@@ -136,6 +144,8 @@ def _train(args) -> int:
     metrics = train(load_config(args.config, overrides), resume=args.resume)
     if metrics is not None:
         print(metrics.table())
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 

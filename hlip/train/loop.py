@@ -19,8 +19,9 @@ from ..progress import progress_bar
 from ..storage import write_atomically, write_tensors
 from .config import TrainConfig
 from .examples import Batch, Collate, FolderStudies, SimulatedExamples, read_labels, seed_worker
+from .processes import main_says, make_accelerator, patient_group, said_once
 from .run import build_model, context_length, load_state, loss_kind
-from .step import contrastive_step
+from .step import contrastive_step, random_state, set_random_state
 from .validate import Validation
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class ShardedShuffle(Sampler):
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> Metrics | None:
-    """Trains a model and writes a run folder (see :mod:`hlip.train.run`).
+    """Trains a model and writes a run folder (see :mod:`hlip.train.run`), with all processes of a ``torchrun`` together.
 
     Args:
         config: everything.
@@ -51,22 +52,20 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         progress: show a progress bar.
 
     Returns:
-        The last zero-shot metrics, or ``None`` when there was nothing to evaluate on.
+        The last zero-shot metrics, or ``None`` when there was nothing to evaluate on, and on all but the main process.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
     config.validate()
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    accelerator = make_accelerator(config)
     set_seed(config.seed, device_specific=True)
     folder = Path(config.run)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
-    dataset, validation_set, prompts = make_datasets(config)
+    with said_once(accelerator):
+        dataset, validation_set, prompts = make_datasets(config)
     if isinstance(dataset, SimulatedExamples):
         for studies in (dataset.studies, validation_set):
             if studies is not None:
@@ -122,10 +121,13 @@ class Trainer:
                 "(batch_size * accumulate): lower batch_size or add studies"
             )
         self.total_steps = config.epochs * self.steps_per_epoch
+        if self.kind != "dual" and model.config.dual:
+            model.logit_bias.requires_grad_(False)  # the report head's scale: DDP waits for the gradient of what is trained
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.patient = patient_group(accelerator)
         self.step, self.seconds, self.saved = 0, 0.0, time.monotonic()
         self.folder = Path(config.run)
         self.writer = None
@@ -153,7 +155,7 @@ class Trainer:
                     self._show(bar, batches, loss, time.monotonic() - tic)
                     if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps or self._late():
                         break
-                    if self.config.save_minutes and time.monotonic() - self.saved > self.config.save_minutes * 60:
+                    if self._save_is_due():
                         self.save()
                 every = self.config.evaluate_every
                 if every and self.step % (every * self.steps_per_epoch) == 0:
@@ -161,7 +163,7 @@ class Trainer:
                 self.save()
             if evaluated != self.step:
                 metrics = self.evaluate(bar)
-            self.save()
+                self.save()
         finally:
             bar.close()
             if self.writer is not None:
@@ -169,7 +171,7 @@ class Trainer:
         return metrics
 
     def train_step(self, batches: list[Batch]) -> float:
-        """One optimiser step on one or more micro-batches; returns the loss."""
+        """One optimiser step on one or more micro-batches; returns the loss, the same on every process."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total_steps, self.config)
@@ -180,7 +182,8 @@ class Trainer:
             )  # fmt: skip
         if self.config.clip_grad > 0:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        value = float(loss)
+        # Each process has the loss of its own studies; what is shown, and whether the step is taken, is one for all.
+        value = float(self.accelerator.reduce(loss, "mean"))
         if math.isfinite(value):
             self.optimizer.step()
         else:
@@ -199,11 +202,18 @@ class Trainer:
                 group = []
 
     def _late(self) -> bool:
-        """Whether time is up, by the main process's clock: all processes must stop at the same step."""
-        if not self.config.max_minutes:
-            return False
-        late = torch.tensor(float(self.seconds >= self.config.max_minutes * 60), device=self.accelerator.device)
-        return bool(self.accelerator.gather(late[None])[0])
+        """Whether time is up; like every decision by a clock, the main process's for all."""
+        minutes = self.config.max_minutes
+        return bool(minutes) and main_says(self.accelerator, self.seconds >= minutes * 60)
+
+    def _save_is_due(self) -> bool:
+        minutes = self.config.save_minutes
+        return bool(minutes) and main_says(self.accelerator, time.monotonic() - self.saved > minutes * 60)
+
+    def _wait(self) -> None:
+        """Until every process is here, however long the main one evaluates or writes."""
+        if self.patient is not None:
+            torch.distributed.barrier(group=self.patient)
 
     def _show(self, bar, batches: list[Batch], loss: float, seconds: float) -> None:
         processes = self.accelerator.num_processes
@@ -221,9 +231,14 @@ class Trainer:
     # ------------------------------------------------------------------ evaluation and saving
 
     def evaluate(self, bar=None) -> Metrics | None:
-        """Zero-shot metrics on the validation studies; on the main process only."""
-        if self.validation is None or not self.accelerator.is_main_process:
+        """Zero-shot metrics on the validation studies, from the main process; the others wait and get ``None``."""
+        if self.validation is None:
             return None
+        metrics = self._validate(bar) if self.accelerator.is_main_process else None
+        self._wait()
+        return metrics
+
+    def _validate(self, bar) -> Metrics:
         model = self.accelerator.unwrap_model(self.model)
         metrics = self.validation.run(model, self.tokenizer, self.accelerator.device)
         line = f"step {self.step}: zero-shot macro AUC {metrics.macro_auc:.3f} on {metrics.num_studies} studies"
@@ -234,45 +249,54 @@ class Trainer:
         return metrics
 
     def save(self) -> None:
-        """Writes weights and state; an interrupted write leaves the last good ones."""
+        """Writes weights and state, once for all processes; an interrupted write leaves the last good ones."""
+        from accelerate.utils import gather_object
+
         self.saved = time.monotonic()
-        if not self.accelerator.is_main_process:
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "total_steps": self.total_steps,
-            "model": model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        write_atomically(self.folder / "state.pt", lambda partial: torch.save(state, partial))
-        write_tensors(model.state_dict(), self.folder / "model.safetensors")
+        random_states = gather_object([random_state(self.accelerator.device)])
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            state = {
+                "step": self.step,
+                "seconds": self.seconds,
+                "total_steps": self.total_steps,
+                "model": model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "random_states": random_states,
+            }
+            write_atomically(self.folder / "state.pt", lambda partial: torch.save(state, partial))
+            write_tensors(model.state_dict(), self.folder / "model.safetensors")
+        self._wait()
 
     def resume(self) -> bool:
         """Goes on from the folder's state. Returns whether there was one.
 
         Raises:
-            ValueError: the state belongs to a run with another number of steps, or another model.
+            ValueError: the state belongs to a run with another number of steps, or another model; or not every process
+                finds the same one.
         """
         path = self.folder / "state.pt"
-        if not path.is_file():
-            return False
+        found = path.is_file()
+        if found:
+            self._restore(path)
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(f"the processes find different states in {path} (steps {steps}): all need to see one folder")
+        return found
+
+    def _restore(self, path: Path) -> None:
         state = load_state(path)
         if state["total_steps"] != self.total_steps:
             raise ValueError(
                 f"{path} was saved for {state['total_steps']} steps, this config makes {self.total_steps}: resume with the "
-                "same data, batch size and epochs, or start a new run from its weights (model.checkpoint)"
+                "same data, batch size, epochs and processes, or start a new run from its weights (model.checkpoint)"
             )
         self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["torch_rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        states = state.get("random_states", ())  # one for each process
+        if len(states) == self.accelerator.num_processes:
+            set_random_state(states[self.accelerator.process_index], self.accelerator.device)
         self.step, self.seconds = state["step"], state["seconds"]
-        return True
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:

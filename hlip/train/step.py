@@ -41,7 +41,7 @@ def contrastive_step(
     outputs, states = [], []
     with torch.no_grad():
         for batch in batches:
-            states.append(_random_state(batch))
+            states.append(random_state(batch.images.voxels.device))
             outputs.append(model(image=batch.images, text=batch.tokens))
     leaves = [{name: out[name].detach().requires_grad_() for name in _FEATURES} for out in outputs]
     scales = {k: v.detach().requires_grad_() for k, v in outputs[0].items() if k not in _FEATURES and v is not None}
@@ -57,22 +57,24 @@ def contrastive_step(
 
     for i, (batch, state, leaf) in enumerate(zip(batches, states, leaves, strict=True)):
         last = i + 1 == len(batches)
-        _set_random_state(batch, state)
+        set_random_state(state, batch.images.voxels.device)
         with contextlib.nullcontext() if last or no_sync is None else no_sync(model):
             out = model(image=batch.images, text=batch.tokens)
             share = sum((out[name] * leaf[name].grad).sum() for name in _FEATURES)
             for name, scale in scales.items():  # counted once, but part of every graph
-                share = share + out[name] * (scale.grad if last else 0.0)
+                if scale.grad is not None:  # in use by this loss
+                    share = share + out[name] * (scale.grad if last else 0.0)
             backward(share)
     return value.detach()
 
 
-def _random_state(batch: Batch) -> list[Tensor]:
-    device = batch.images.voxels.device
+def random_state(device: torch.device) -> list[Tensor]:
+    """This process's random state: uint8 tensors on the CPU, of torch's CPU generator and, on a GPU, of that GPU's."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
-def _set_random_state(batch: Batch, state: list[Tensor]) -> None:
+def set_random_state(state: list[Tensor], device: torch.device) -> None:
+    """Goes back to what :func:`random_state` gave."""
     torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1], batch.images.voxels.device)
+    if len(state) > 1 and device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
