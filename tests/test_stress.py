@@ -1,6 +1,7 @@
 """The stress tool on the CPU: sound backends pass, broken ones are caught and reported, and nothing stops the run."""
 
 import dataclasses
+import importlib.util
 import os
 import re
 import subprocess
@@ -232,6 +233,8 @@ def test_the_gate_and_make_call_it(tmp_path, monkeypatch):
     steps = {name: command for name, command, _ in gpu_gate.steps(tmp_path)}
     order = list(steps)
     assert order.index("benchmarks-attention") < order.index("stress")
+    for name in ("tests", "hopper"):  # one process would spend the whole limit compiling
+        assert ("-n" in steps[name]) == (importlib.util.find_spec("xdist") is not None)
     for command in steps.values():
         files = [part for part in command if part.endswith(".py")]
         assert all((gpu_gate.ROOT / file).exists() for file in files)

@@ -10,6 +10,7 @@ and auto.json. ``make stress`` is the long stress run.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -22,6 +23,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 
 
+def several_processes() -> list[str]:
+    """Options of pytest that run tests side by side, where pytest-xdist is there.
+
+    Compiling takes most of the time of tests that run every kernel for every dtype and head dim: some 200 s for one process.
+    """
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2))), "--dist", "worksteal"]
+
+
 def steps(out: Path) -> list[tuple[str, list[str], int]]:
     """(name, command, seconds it may take)."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -32,8 +43,9 @@ def steps(out: Path) -> list[tuple[str, list[str], int]]:
     return [
         ("build", [PYTHON, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--editable", "."], 120),
         ("info", [PYTHON, "-m", "hlip_kernels.info"], 30),
-        ("tests", [*pytest, *tests], 180),
-        ("hopper", [*pytest, "tests/test_gpu_hopper.py"], 60),  # kernels that wait for one another may hang
+        ("tests", [*pytest, *several_processes(), *tests], 180),
+        # Kernels that wait for one another may hang.
+        ("hopper", [*pytest, *several_processes(), "tests/test_gpu_hopper.py"], 60),
         ("memcheck", [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *case], 60),
         ("racecheck", [sanitizer, "--tool", "racecheck", "--error-exitcode", "1", *case], 60),
         ("initcheck", [sanitizer, "--tool", "initcheck", "--error-exitcode", "1", *case], 60),

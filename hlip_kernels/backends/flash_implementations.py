@@ -255,7 +255,7 @@ def _like(x: Tensor) -> Tensor:
 class TorchFlash(Implementation):
     """torch's own, the ops under ``torch.nn.attention.varlen``: the kernels of flash-attn 2.
 
-    Called by position and without the newest options, which are the same in torch 2.11, 2.13 and 2.14 (by their schemas).
+    Called by position and without the newest options: with what the schemas of torch 2.11, 2.13 and 2.14 have in common.
     """
 
     name = "torch"
