@@ -46,11 +46,12 @@ def measure_band(length: int, dtype: torch.dtype, head_dim: int, *, rows: int, h
             once(name)
     for _ in range(rounds):
         for name in names:
-            times[name].append(_timed(lambda name=name: once(name), device))
+            times[name].append(timed(lambda name=name: once(name), device))
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def _timed(call, device: torch.device) -> float:
+def timed(call, device: torch.device) -> float:
+    """Seconds of one call, on a GPU by its own clock."""
     if device.type != "cuda":
         begin = time.perf_counter()
         call()

@@ -3,8 +3,8 @@
     python tools/gpu_gate.py --out FOLDER
 
 Runs in a Python that already has torch >= 2.11 and needs no network. Every step has a time limit and a log of its own; a
-failing step does not stop the others. FOLDER gets summary.txt, one log per step, the benchmarks' JSON, rows.csv, roofline.svg
-and auto.json. ``make stress`` is the long stress run.
+failing step does not stop the others. FOLDER gets summary.txt, one log per step, the benchmarks' JSON, rows.csv, roofline.svg,
+auto.json and tiles.csv. ``make stress`` is the long stress run.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def steps(out: Path) -> list[tuple[str, list[str], int]]:
         # Random layouts against float64, then the far ends: what the tests above leave to chance.
         ("stress", [PYTHON, "tools/stress.py", "--minutes", "0.6", "--device", "cuda"], 50),
         ("limits", [*pytest, "tests/test_gpu_limits.py"], 90),
+        # Are the shipped tiles the fastest? Their neighbours, timed beside them.
+        ("tiles", [PYTHON, "tools/tune_tiles.py", "--minutes", "1", "--out", str(out / "tiles.csv")], 75),
         ("benchmarks-ops", [*pytest, "benchmarks/test_ops.py", "--benchmark-quiet",
                             f"--benchmark-json={out / 'ops.json'}"], 40),
         ("benchmarks-model", [*pytest, "benchmarks/test_model.py", "--benchmark-quiet",
