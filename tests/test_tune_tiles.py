@@ -92,6 +92,7 @@ def test_candidates_are_tried_in_other_processes():
     assert {c: set(runs) for c, runs in found.items()} == {c: set(tool.neighbours(c.shipped())) for c in cases}
 
 
-def test_a_kernel_that_is_not_used_has_nothing_to_tune(capsys):
-    arguments = ["--kernel", "attention_backward_fused", "--dtype", "float32", "--head-dim", "16", "--lengths", "20"]
+@pytest.mark.parametrize("dtype, length", [("float32", 600), ("float16", 20)])
+def test_a_kernel_that_is_not_used_has_nothing_to_tune(capsys, dtype, length):
+    arguments = ["--kernel", "attention_backward_fused", "--dtype", dtype, "--head-dim", "16", "--lengths", str(length)]
     assert tool.main(arguments) == 0 and capsys.readouterr().out == ""
