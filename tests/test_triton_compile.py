@@ -80,21 +80,31 @@ def test_every_shipped_configuration_is_on_record():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tile_has_the_least_columns_that_hold_a_head_and_do_not_spill(family):
-    for head_dim in range(8, 257, 8):
-        for kind in (2, 4, "tf32"):
-            least = next(c for c in WIDTHS if sum(c) >= head_dim)
-            dtype, tf32 = torch.float16 if kind == 2 else torch.float32, kind == "tf32"
-            for kernel in KERNELS:
-                config = config_for(kernel, dtype, head_dim, family, tf32)
-                if config is None:  # the two kernels that always run do instead
-                    assert kernel in ("attention_backward_fused", "attention_backward_delta")
-                elif sum(config.columns) != sum(least):  # the next that have tiles
-                    assert head_dim > 64 and len([w for w in WIDTHS if sum(least) <= sum(w) < sum(config.columns)]) <= 2
-                else:
-                    assert config.columns == least
-    at_80 = config_for("attention_forward", torch.bfloat16, 72, family)
-    assert at_80.columns == (64, 16)
+def test_a_tile_has_the_columns_of_a_head_and_few_more(family):
+    forward = {d: config_for("attention_forward", torch.bfloat16, d, family).columns for d in range(8, 257, 8)}
+    assert all(forward[d] in WIDTHS and sum(forward[d]) >= d for d in forward)
+    expected = {8: (16, 0), 24: (32, 0), 40: (64, 0), 64: (64, 0), 72: (64, 16), 80: (64, 16), 88: (64, 32), 96: (64, 32),
+                104: (128, 0), 128: (128, 0), 136: (128, 64), 192: (128, 64), 200: (256, 0), 256: (256, 0)}  # fmt: skip
+    assert {d: forward[d] for d in expected} == expected
+    for kernel in KERNELS[1:3]:  # dQ, and dK with dV
+        assert config_for(kernel, torch.bfloat16, 80, family).columns == (64, 16)
+    with pytest.raises(ValueError, match="257 is larger than 256"):
+        config_for("attention_forward", torch.bfloat16, 257, family)
+
+
+@pytest.mark.parametrize("kernel, dtype, tf32, head_dim, family, columns", [
+    ("attention_backward_fused", torch.bfloat16, False, 80, "hopper", (128, 0)),  # two widths on
+    ("attention_backward_dkdv", torch.float32, True, 88, "hopper", (128, 0)),
+    ("attention_forward", torch.float32, True, 136, "ampere", (256, 0)),  # its own WIDER, where Hopper has tiles
+    ("attention_forward", torch.float32, True, 136, "hopper", (128, 64)),
+])  # fmt: skip
+def test_where_two_blocks_spill_a_tile_is_wider(kernel, dtype, tf32, head_dim, family, columns):
+    assert config_for(kernel, dtype, head_dim, family, tf32).columns == columns
+
+
+@pytest.mark.parametrize("head_dim, tf32", [(136, False), (72, True)])
+def test_wider_does_not_reach_a_kernel_that_is_not_used(head_dim, tf32):
+    assert config_for("attention_backward_fused", torch.float32 if tf32 else torch.bfloat16, head_dim, "hopper", tf32) is None
 
 
 def test_an_unknown_architecture_is_refused():

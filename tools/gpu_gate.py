@@ -26,7 +26,8 @@ PYTHON = sys.executable
 def several_processes() -> list[str]:
     """Options of pytest that run tests side by side, where pytest-xdist is there.
 
-    Compiling takes most of the time of tests that run every kernel for every dtype and head dim: some 200 s for one process.
+    Compiling takes most of the time of tests that run every kernel for every dtype and head dim: for one process some 200 s,
+    counted from what a few kernels take to compile.
     """
     if importlib.util.find_spec("xdist") is None:
         return []
@@ -54,15 +55,15 @@ def steps(out: Path) -> list[tuple[str, list[str], int]]:
                                   f"--benchmark-json={out / 'attention.json'}"], 240),
         # Which backend is fastest for which length of segments: what the shipped table of auto should say.
         ("auto", [PYTHON, "-m", "hlip_kernels.measure_auto", "--out", str(out / "auto.json")], 75),
+        ("benchmarks-ops", [*pytest, "benchmarks/test_ops.py", "--benchmark-quiet",
+                            f"--benchmark-json={out / 'ops.json'}"], 40),
         # Random layouts against float64, then the far ends: what the tests above leave to chance.
         ("stress", [PYTHON, "tools/stress.py", "--minutes", "0.6", "--device", "cuda"], 50),
         ("limits", [*pytest, "tests/test_gpu_limits.py"], 90),
-        # Are the shipped tiles the fastest? Their neighbours, timed beside them.
-        ("tiles", [PYTHON, "tools/tune_tiles.py", "--minutes", "1", "--out", str(out / "tiles.csv")], 75),
-        ("benchmarks-ops", [*pytest, "benchmarks/test_ops.py", "--benchmark-quiet",
-                            f"--benchmark-json={out / 'ops.json'}"], 40),
         ("benchmarks-model", [*pytest, "benchmarks/test_model.py", "--benchmark-quiet",
                               f"--benchmark-json={out / 'model.json'}"], 150),
+        # Are the shipped tiles the fastest? Their neighbours, timed beside them.
+        ("tiles", [PYTHON, "tools/tune_tiles.py", "--minutes", "1", "--out", str(out / "tiles.csv")], 75),
     ]  # fmt: skip
 
 
@@ -103,6 +104,9 @@ def main() -> int:
     (out / "summary.txt").write_text(summary + "\n")
     (out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{summary}\n\nlogs and results: {out}")
+    left_over = [name for name, status, _ in results if status.startswith("not started")]
+    if left_over:
+        print(f"for the rest: python tools/gpu_gate.py --out {args.out} --only {' '.join(left_over)}")
     return 0 if all(status == "passed" for _, status, _ in results) else 1
 
 
