@@ -167,6 +167,7 @@ def predicted(workload, level: str, implementation: str, *, backward: bool) -> d
     in_one = partial(predict_hopper, fused=True)
     model = {
         "hlip triton": predict, "hlip triton fast": partial(predict, deterministic=False), "hlip cuda": predict_short,
+        "hlip cuda_halves": partial(predict_short, halves=True),
         "hlip hopper": predict_hopper, "hlip hopper fast": in_one, "hlip hopper_ordered": in_one,
     }.get(implementation)  # fmt: skip
     if implementation.startswith("hlip hopper") and workload.head_dim not in BACKWARD_DQ:

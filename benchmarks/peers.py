@@ -81,11 +81,13 @@ def _equal_lengths(workload: Workload, level: str) -> bool:
 
 
 def _ours(workload: Workload, level: str, device: torch.device, backend: str, fast: bool = False) -> Peer:
-    """One of our backends; ``fast`` with ``deterministic=False``, which changes the backward pass alone."""
+    """One of our backends; ``fast`` with ``deterministic=False``, which changes the backward pass alone, as do
+    the halves of ``cuda_halves``."""
     layout = workload.layout.to(device)
     options = {"backend": backend, "deterministic": not fast}
     name = f"hlip {backend} fast" if fast else f"hlip {backend}"
-    return Peer(name, lambda q, k, v: attention(q, k, v, layout, level, **options), forward=not fast)
+    forward = not fast and backend != "cuda_halves"
+    return Peer(name, lambda q, k, v: attention(q, k, v, layout, level, **options), forward=forward)
 
 
 def _published(workload: Workload, level: str, device: torch.device) -> Peer:

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -94,8 +95,13 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](uintptr_t packs, uintptr_t starts, uintptr_t records) {
         return Tables{at<const int>(packs), at<const int>(starts), at<const int>(records)};
       }));
-  py::class_<Extent>(m, "Extent", "Packs, rows of the largest, most keys seen by 16 rows.")
-      .def(py::init([](int64_t blocks, int64_t rows, int64_t keys) { return Extent{blocks, rows, keys}; }));
+  using Numbers = std::array<int64_t, 3>;
+  py::class_<Extent>(m, "Extent", "Packs, rows of the largest, keys; shared memory, packs (first, last, rows) for whole_backward.cuh.")
+      .def(py::init([](int64_t packs, int64_t rows, int64_t keys, int64_t shared, Numbers large, Numbers small) {
+             return Extent{packs, rows, keys, shared, {large[0], large[1], large[2]}, {small[0], small[1], small[2]}};
+           }),
+           py::arg("packs"), py::arg("rows"), py::arg("keys"), py::arg("shared") = 0, py::arg("large") = Numbers{},
+           py::arg("small") = Numbers{});
   m.attr("short_head_dims") = std::vector<int>(std::begin(kShortHeadDims), std::end(kShortHeadDims));
   m.attr("short_keys") = std::vector<int>(std::begin(kShortKeys), std::end(kShortKeys));
   m.def("short_attention_forward", &short_attention_forward, nogil);

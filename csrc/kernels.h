@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "short_attention.h"
+#include "short_attention/arguments.h"
 
 namespace hlip {
 
@@ -44,7 +44,7 @@ void patchify(Target target, Type voxel_type, Type type, uintptr_t voxels, uintp
 void patchify_backward(Target target, Type voxel_type, Type type, uintptr_t grad_out, uintptr_t grad_voxels, uintptr_t scans,
                        uintptr_t keep, int64_t num_scans, int64_t num_patches, int64_t pd, int64_t ph, int64_t pw, float scale);
 
-// Attention over short segments for one head dim of kShortHeadDims; each is compiled on its own (short_attention.cu). Throws,
+// Attention over short segments for one head dim of kShortHeadDims; each is compiled on its own (short_attention/launch.cu). Throws,
 // naming kernel, configuration and layout, when there is no kernel or it cannot be launched.
 template <int kHeadDim>
 void short_forward(Target target, Type type, const ForwardArguments& arguments, const Extent& extent);

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .backends.cuda_whole import Whole
     from .packs import Packs
 
 try:
@@ -142,23 +143,23 @@ def short_attention_forward(q: Tensor, k: Tensor, v: Tensor, packs: Packs, scale
     with _target(q) as target:
         _C.short_attention_forward(
             target, _type(q.dtype), head_dim, _view(q), _view(k), _view(v), out.data_ptr(), lse.data_ptr(), _tables(packs),
-            _C.Extent(len(packs.packs), packs.rows, packs.keys), heads, num_rows, scale * LOG2_E,
+            _extent(packs), heads, num_rows, scale * LOG2_E,
         )  # fmt: skip
     return out, lse
 
 
 def short_attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packs: Packs,
-    scale: float,
+    scale: float, whole: Whole,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, ``(R, H, D)`` contiguous. GPU only."""
+    """Gradients of q, k and v, ``(R, H, D)`` contiguous. ``whole``: packs that have a kernel of their own. GPU only."""
     num_rows, heads, head_dim = q.shape
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     lse_gradient = (0, 0, 0) if grad_lse is None else (grad_lse.data_ptr(), *grad_lse.stride())
     with _target(q) as target:
         _C.short_attention_backward(
             target, _type(q.dtype), head_dim, *(_view(t) for t in (q, k, v, out, grad_out)), lse.data_ptr(), *lse_gradient,
-            dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), _tables(packs), _C.Extent(len(packs.packs), packs.rows, packs.keys),
+            dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), _tables(packs), _extent(packs, *whole),
             heads, num_rows, scale, scale * LOG2_E,
         )  # fmt: skip
     return dq, dk, dv
@@ -170,3 +171,7 @@ def _view(x: Tensor):
 
 def _tables(packs: Packs):
     return _C.Tables(packs.packs.data_ptr(), packs.starts.data_ptr(), packs.records.data_ptr())
+
+
+def _extent(packs: Packs, *whole):
+    return _C.Extent(len(packs.packs), packs.rows, packs.keys, *whole)

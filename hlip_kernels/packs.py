@@ -1,7 +1,7 @@
 """How the short-segment kernels deal out their work: packs of rows that one thread block holds whole.
 
 A pack is one segment, or several tiny ones in a row, of one pattern in which every segment sees itself and nothing else (the
-level patterns). See ``csrc/short_attention.cuh`` for what a block does with it.
+level patterns). See ``csrc/short_attention/pack.cuh`` for what a block does with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from .pattern import K_PATCHES, K_PREFIXES, Q_PATCHES, Q_PREFIXES, Plan
 
-TILE = 16  # rows of a warp; kShort* in csrc/short_attention.h count in these
+TILE = 16  # rows of a warp; kShort* in csrc/short_attention/arguments.h count in these
 PACK_ROWS = 128  # of packs that are shared, by segments of up to half as many
 DEAD_ROWS = 256  # of packs of rows that no segment holds
 
@@ -23,9 +23,11 @@ class Packs:
     """The tables of one pattern, on a device, and their extent, on the host.
 
     Attributes:
-        packs: int32 ``(blocks, 4)``: first record, records, first row inside the record, rows. Largest first.
+        packs: int32 ``(blocks, 4)``: first record, records, first row inside the record, rows. Those of one segment
+            alone come first, then shared ones, then rows that no segment holds; the largest of each kind first.
         starts: int32 ``(N,)``: where in its pack each record starts.
         records: int32 ``(N, 8)``, those of the plan.
+        alone: rows of the packs that hold one segment alone, which come first; on the host.
         rows: of the largest pack.
         keys: the most keys 16 neighbouring rows of a pack see, counted from a multiple of 16: what a kernel must have room for.
     """
@@ -33,6 +35,7 @@ class Packs:
     packs: torch.Tensor
     starts: torch.Tensor
     records: torch.Tensor
+    alone: np.ndarray
     rows: int
     keys: int
 
@@ -45,29 +48,27 @@ def packs_of(plan: Plan, device: torch.device, pack_rows: int = PACK_ROWS) -> Pa
     """
     key = ("packs", device, pack_rows)
     if key not in plan.kept:
-        packs, starts, rows, keys = _pack(plan.forward, pack_rows)
+        packs, starts, *extent = _pack(plan.forward, pack_rows)
         tables = (torch.from_numpy(t).to(device, non_blocking=True) for t in (packs, starts, plan.forward.astype(np.int32)))
-        plan.kept[key] = Packs(*tables, rows, keys)
+        plan.kept[key] = Packs(*tables, *extent)
     return plan.kept[key]
 
 
-def _pack(records: np.ndarray, pack_rows: int) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """(packs, starts, rows of the largest pack, most keys seen)."""
+def _pack(records: np.ndarray, pack_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
+    """(packs, starts, rows of packs of one segment alone, rows of the largest pack, most keys seen)."""
     lengths = records[:, Q_PATCHES] + records[:, Q_PREFIXES]
     live = (records[:, K_PATCHES] + records[:, K_PREFIXES] > 0) & (lengths > 0)
     tiny = live & (lengths <= pack_rows // 2)
     alone = np.flatnonzero(live & ~tiny)
-    made = [np.stack([alone, np.ones_like(alone), np.zeros_like(alone), lengths[alone]], axis=1)]
     shared = _share(np.flatnonzero(tiny), lengths, pack_rows)
-    made.append(shared)
+    made = [np.stack([alone, np.ones_like(alone), np.zeros_like(alone), lengths[alone]], axis=1), shared]
     starts = np.zeros(len(records), dtype=np.int64)
     if len(shared):
         before = np.cumsum(lengths) - lengths
         of_pack = np.repeat(before[shared[:, 0]], shared[:, 1])
         members = np.concatenate([np.arange(first, first + count) for first, count in shared[:, :2]])
         starts[members] = before[members] - of_pack
-    packs = np.concatenate(made)
-    packs = packs[np.argsort(-packs[:, 3], kind="stable")]
+    packs = np.concatenate([kind[np.argsort(-kind[:, 3], kind="stable")] for kind in made])
     keys = int(-(-lengths[alone].max(initial=0) // TILE) * TILE)
     if len(shared):
         several = shared[shared[:, 1] > 1]
@@ -80,7 +81,7 @@ def _pack(records: np.ndarray, pack_rows: int) -> tuple[np.ndarray, np.ndarray, 
         rows = np.minimum(DEAD_ROWS, lengths[dead] - first)
         packs = np.concatenate([packs, np.stack([np.full_like(first, dead), np.ones_like(first), first, rows], axis=1)])
     live_rows = int(max(lengths[alone].max(initial=0), shared[:, 3].max(initial=0)))
-    return packs.astype(np.int32), starts.astype(np.int32), live_rows, keys
+    return packs.astype(np.int32), starts.astype(np.int32), packs[: len(alone), 3], live_rows, keys
 
 
 def _share(members: np.ndarray, lengths: np.ndarray, pack_rows: int) -> np.ndarray:

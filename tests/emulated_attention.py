@@ -30,7 +30,8 @@ class Tables(ctypes.Structure):
 
 
 class Extent(ctypes.Structure):
-    _fields_ = [("blocks", ctypes.c_int64), ("rows", ctypes.c_int64), ("keys", ctypes.c_int64)]
+    _fields_ = [(name, ctypes.c_int64) for name in ("packs", "rows", "keys", "shared")]
+    _fields_ += [("large", 3 * ctypes.c_int64), ("small", 3 * ctypes.c_int64)]
 
 
 class ForwardArguments(ctypes.Structure):
@@ -73,7 +74,7 @@ def compiled(head_dim: int, sanitized: bool) -> Path:
 
 def _made_of(head_dim: int, sanitized: bool) -> str:
     """A digest of everything that decides what is compiled."""
-    sources = [SOURCE, Path(emulation.__file__), *sorted(CSRC.glob("*.*h")), *sorted(CSRC.glob("device/*.*h"))]
+    sources = [SOURCE, Path(emulation.__file__), *sorted(CSRC.glob("*.*h")), *sorted(CSRC.glob("*/*.*h"))]
     facts = [str(head_dim), str(sanitized), compiler(), str(Path(compiler()).stat().st_mtime_ns), str(cuda_include())]
     digest = hashlib.sha256("\0".join(facts).encode())
     for path in sources:
@@ -97,19 +98,20 @@ class Kernels:
         self._run("short_forward", q, packs, arguments)
         return out, lse
 
-    def short_attention_backward(self, grad_out, grad_lse, q, k, v, out, lse, packs, scale):
+    def short_attention_backward(self, grad_out, grad_lse, q, k, v, out, lse, packs, scale, whole):
         grads = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
         lse_gradient = (None, 0, 0) if grad_lse is None else (grad_lse.data_ptr(), *grad_lse.stride())
         arguments = BackwardArguments(
             *map(_view, (q, k, v, out, grad_out)), lse.data_ptr(), *lse_gradient, *(g.data_ptr() for g in grads),
             _tables(packs), q.shape[1], q.shape[0], scale, scale * LOG2_E,
         )  # fmt: skip
-        self._run("short_backward", q, packs, arguments)
+        self._run("short_backward", q, packs, arguments, whole)
         return tuple(grads)
 
-    def _run(self, name, q, packs, arguments):
+    def _run(self, name, q, packs, arguments, whole=(0, (0, 0, 0), (0, 0, 0))):
         reason = ctypes.create_string_buffer(2000)
-        extent = Extent(len(packs.packs), packs.rows, packs.keys)
+        shared, large, small = whole
+        extent = Extent(len(packs.packs), packs.rows, packs.keys, shared, tuple(large), tuple(small))
         self.seed += 1
         self.blocks += len(packs.packs) * q.shape[1]
         failed = getattr(library(q.shape[2]), name)(
@@ -131,7 +133,8 @@ def _tables(packs):
 class EmulatedCudaBackend(CudaBackend):
     """The cuda backend as it is on an sm_90, but on CPU tensors."""
 
-    def __init__(self):
+    def __init__(self, halves=False):
+        super().__init__(halves)
         self.kernels = Kernels()
 
     def _why_not_here(self, query):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hlip_kernels.backends import cuda_whole
 from hlip_kernels.backends.cuda import HEAD_DIMS, MAX_KEYS, SHARED_MEMORY, max_rows
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -26,6 +27,11 @@ DTYPES = ("bfloat16", "float16")
 # sake of the blocks that then fit a multiprocessor; the record says how many.
 MOST_STACK = {("sm_90", 64): 0}
 MOST_STACK_ELSEWHERE = 96
+# The kernel for whole segments fills the registers on purpose: what does not fit are counters of its outer loops; of the 300
+# instructions of the inner one two load such words. Nobody has looked at why newer architectures need more.
+MOST_STACK_WHOLE = {"sm_80": 24, "sm_86": 24, "sm_90": 24}
+MOST_STACK_WHOLE_ELSEWHERE = 128
+WHOLE = [("short_attention_whole_backward", *kind) for kind in ((128, 32), (256, 32), (256, 64))]
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +49,13 @@ def check_limits(row):
     assert 0 < row.registers <= MOST_REGISTERS, row
     if row.rows > 0:  # else it never runs there
         most = MOST_STACK.get((row.arch, row.head_dim), MOST_STACK_ELSEWHERE)
+        if row.kernel.endswith("whole_backward"):
+            most = MOST_STACK_WHOLE.get(row.arch, MOST_STACK_WHOLE_ELSEWHERE)
         assert row.stack <= most, f"registers are spilled, or an array is in memory: {row}"
     assert row.stack > 0 or row.local_loads == row.local_stores == 0, row
     assert row.shared + row.static_shared <= ARCHITECTURES[row.arch].block_shared_memory, row
+    if row.kernel.endswith("whole_backward") and row.rows > 0:
+        assert row.warps >= 8, row
     assert row.products > 0 and row.matrix_loads > 0 and row.exponentials > 0, row
     # A launch with too large blocks fails: every pack a kernel may get has to fit.
     assert (row.blocks > 0) == (row.rows > 0) and (row.slice_blocks > 0) == (row.slice_shared > 0), row
@@ -61,9 +71,10 @@ def test_registers_spills_shared_memory_and_matrix_instructions(nvcc, arch, tmp_
     rows = read_rows(tmp_path / "rows.csv")
     for head_dim in HEAD_DIMS:
         for dtype in DTYPES:
-            kernels = [(r.kernel, r.keys) for r in rows if (r.head_dim, r.dtype) == (head_dim, dtype)]
-            assert len(kernels) == len(set(kernels)) and ("short_attention_backward", 0) in kernels
-            assert max(keys for _, keys in kernels) == MAX_KEYS
+            kernels = [(r.kernel, r.keys, r.step) for r in rows if (r.head_dim, r.dtype) == (head_dim, dtype)]
+            assert len(kernels) == len(set(kernels)) and ("short_attention_backward", 0, 0) in kernels
+            assert max(keys for kernel, keys, _ in kernels if kernel.endswith("forward")) == MAX_KEYS
+            assert [k for k in kernels if "whole" in k[0]] == (WHOLE if head_dim in cuda_whole.HEAD_DIMS else [])
     for row in rows:
         assert row.arch == arch
         check_limits(row)
@@ -81,10 +92,12 @@ def test_the_record_is_whole_and_within_limits(nvcc):
     assert RECORD.exists(), f"there is none, make one: {AGAIN}"
     rows = read_rows(RECORD)
     assert len({row.nvcc for row in rows}) == 1
-    rooms = sorted({row.keys for row in rows if row.keys})
-    kernels = [("short_attention_backward", 0), *(("short_attention_forward", keys) for keys in rooms)]
-    expected = {(k, t, d, room, a) for k, room in kernels for t in DTYPES for d in HEAD_DIMS for a in ARCHITECTURES}
-    assert {(r.kernel, r.dtype, r.head_dim, r.keys, r.arch) for r in rows} == expected and len(rows) == len(expected), AGAIN
+    rooms = sorted({row.keys for row in rows if row.kernel.endswith("forward")})
+    kernels = [("short_attention_backward", 0, 0), *(("short_attention_forward", keys, 0) for keys in rooms)]
+    kernels = [(kernel, HEAD_DIMS) for kernel in kernels] + [(kernel, cuda_whole.HEAD_DIMS) for kernel in WHOLE]
+    expected = {(*kernel, t, d, a) for kernel, dims in kernels for t in DTYPES for d in dims for a in ARCHITECTURES}
+    found = [(r.kernel, r.keys, r.step, r.dtype, r.head_dim, r.arch) for r in rows]
+    assert set(found) == expected and len(found) == len(expected), AGAIN
     for row in rows:
         check_limits(row)
         # What follows from the sizes of packs may change without the machine code.
@@ -100,6 +113,29 @@ def test_segments_that_python_lets_through_fit_the_kernels(nvcc):
             for way in ("forward", "backward"):
                 assert bytes_of[way, head_dim, rows] <= limit, (way, head_dim, capability)
             assert rows == MAX_KEYS or bytes_of["backward", head_dim, rows + 1] > limit, "room for more rows"
+
+
+def test_python_and_the_sources_agree_on_how_whole_segments_are_launched(nvcc):
+    says = cuda_resources.shared_bytes()
+    chosen = set()
+    for head_dim in HEAD_DIMS:
+        for shared in set(SHARED_MEMORY.values()):
+            fits = []
+            for rows in range(1, MAX_KEYS + 1):
+                names = [f"{name} where there are {shared >> 10} KB" for name in cuda_whole.Launch._fields]
+                numbers = [says[name, head_dim, rows] for name in names]
+                launch = cuda_whole.whole_launch(rows, head_dim, shared)
+                assert numbers == list(launch or (0, 0, 0, 0))
+                if launch:
+                    fits.append(rows)
+                    chosen.add((head_dim, *launch))
+                    size = says[f"whole {launch.step} {launch.keys}", head_dim, rows]
+                    assert size == cuda_whole.whole_bytes(rows, head_dim, launch.step, launch.keys)
+                    assert launch.blocks * (size + 1024) <= shared + 1024 and launch.blocks * launch.warps >= 8
+                    assert launch.warps * 32 >= rows
+            small, large = cuda_whole.whole_rows(head_dim, shared)
+            assert fits == [*range(1, small + 1), *range(cuda_whole.ROWS[0] + 1, large + 1)]
+    assert {kernel[:3] for kernel in chosen} == {(d, *way) for d in cuda_whole.HEAD_DIMS for way in ((4, 32), (8, 32), (8, 64))}
 
 
 def test_occupancy_is_counted_as_the_cuda_calculator_counts():

@@ -199,6 +199,40 @@ def test_tiny_segments_in_packs(head_dim, dtype):
     assert grad[~others].isnan().any() and torch.equal(grad[others], clean_grad[others])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("longest", [128, 256])
+def test_whole_segments_one_after_another(longest, head_dim, dtype):
+    """Several for each block that stays on the card, long after short and the reverse: rows of the next come early."""
+    longest = min(longest, max_rows(head_dim, torch.cuda.get_device_capability()))
+    lengths = [63 + 37 * n % (longest - 64) for n in range(500)]  # and two prefix rows: 65 to longest
+    layout = Layout.from_lengths(lengths, num_prefix=2, levels=("slice",), row_multiple=64).to("cuda")
+    qkv = torch.randn(layout.num_rows, 3, 3, head_dim, device="cuda", dtype=dtype)
+    g = torch.randn(layout.num_rows, 3, head_dim, device="cuda", dtype=dtype)
+    results = {}
+    for backend in ("reference", "triton", "cuda", "cuda again", "cuda without lse"):
+        leaf = qkv.clone().requires_grad_()
+        out, lse = attention(*leaf.unbind(1), layout, "slice", backend=backend.split()[0], return_lse=True)
+        wanted = ((out,), (g,)) if "without" in backend else ((out, lse), (g, torch.ones_like(lse)))
+        results[backend] = torch.autograd.grad(wanted[0], leaf, wanted[1])[0]
+    assert torch.equal(results["cuda"], results["cuda again"])
+    bound = 1.5 * relative(results["triton"], results["reference"].double()) + 0.25 * torch.finfo(dtype).eps
+    assert relative(results["cuda"], results["reference"].double()) <= bound
+    halves = BACKENDS.get("cuda_halves")
+    if halves and halves.supports(query(layout, "slice", dtype, head_dim)):
+        leaf = qkv.clone().requires_grad_()
+        (other,) = torch.autograd.grad(attention(*leaf.unbind(1), layout, "slice", backend="cuda_halves"), leaf, g)
+        assert relative(results["cuda without lse"], other.double()) < torch.finfo(dtype).eps
+    poisoned = qkv.clone()
+    bad = slice(*layout.host_offsets("slice")[7:9])
+    poisoned[bad.start] = float("nan")
+    leaf = poisoned.requires_grad_()
+    (dirty,) = torch.autograd.grad(attention(*leaf.unbind(1), layout, "slice", backend="cuda"), leaf, g)
+    others = torch.ones(layout.num_rows, dtype=torch.bool, device="cuda")
+    others[bad] = others[layout.num_tokens + 14 : layout.num_tokens + 16] = False
+    assert dirty[~others].isnan().any() and torch.equal(dirty[others], results["cuda without lse"][others])
+
+
 def test_new_lengths_never_compile_a_kernel_again(monkeypatch):
     from triton import knobs
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlip_kernels import attention
-from hlip_kernels.backends import Query
+from hlip_kernels.backends import Query, cuda_whole
 from hlip_kernels.backends import cuda as cuda_backend
 from hlip_kernels.backends.cuda import HEAD_DIMS, MAX_KEYS, CudaBackend, max_rows
 from hlip_kernels.backends.cuda import KEYS as BANDS
@@ -55,11 +55,12 @@ def test_packs(lengths, num_prefix, row_multiple, pack_rows):
     assert packs.records.tolist() == records
     assert all(t.dtype == torch.int32 and t.is_contiguous() for t in (packs.packs, packs.starts, packs.records))
     times = np.zeros(plan.num_rows, dtype=int)  # that a row is in a pack
-    live_rows, most_rows, most_keys, seen_sizes = 0, 0, 0, []
+    live_rows, most_rows, most_keys, kinds = 0, 0, 0, []
     for first, count, offset, rows in packs.packs.tolist():
         members = records[first : first + count]
         assert count >= 1 and rows >= 1
         if members[0][5] + members[0][7] == 0:  # sees nothing
+            kinds.append((2, -rows))
             assert count == 1 and rows <= DEAD_ROWS
             times[members[0][0] + offset : members[0][0] + offset + rows] += 1
             assert offset + rows <= members[0][1] and members[0][3] == 0
@@ -77,11 +78,26 @@ def test_packs(lengths, num_prefix, row_multiple, pack_rows):
         assert len(spans) == rows
         assert count == 1 or rows <= pack_rows
         most_rows, live_rows = max(most_rows, rows), live_rows + rows
-        seen_sizes.append(rows)
+        kinds.append((0 if count == 1 and rows > pack_rows // 2 else 1, -rows))
         most_keys = max(most_keys, keys_seen(spans))
     assert (times == 1).all(), "every row, dead ones too, in exactly one pack"
     assert live_rows == sum(lengths) + num_prefix * len(lengths)
-    assert seen_sizes == sorted(seen_sizes, reverse=True), "the largest come first"
+    assert kinds == sorted(kinds), "segments alone, then shared packs, then dead rows, and of each kind the largest first"
+    alone = packs.packs[: len(packs.alone)].tolist()
+    long = [r[1] + r[3] for r in records if r[5] + r[7] > 0 and r[1] + r[3] > pack_rows // 2]
+    assert packs.alone.tolist() == sorted(long, reverse=True) == [-rows for kind, rows in kinds if kind == 0]
+    assert packs.alone.tolist() == [p[3] for p in alone]
+    assert all(p[1] == 1 and p[2] == 0 and p[3] == records[p[0]][1] + records[p[0]][3] for p in alone), "one segment, whole"
+    for head_dim in HEAD_DIMS:
+        for shared in (0, 99 << 10, 163 << 10, 227 << 10):
+            taken = cuda_whole.whole(packs, head_dim, shared)
+            assert taken.shared == shared
+            for i, rows in enumerate(packs.alone.tolist()):  # by the blocks that can hold it, if there is a launch for it
+                first, last, longest = taken.large if rows > 128 else taken.small
+                assert (first <= i < last) == bool(cuda_whole.whole_launch(rows, head_dim, shared))
+                assert i != first or rows == longest
+            edges = [0, *taken.large[:2], *taken.small[:2]]
+            assert edges == sorted(edges) and edges[2] == sum(n > 128 for n in long) and edges[4] == len(long)
     assert packs.rows == most_rows
     assert packs.keys >= most_keys and packs.keys % 16 == 0
     assert packs.keys <= max(-(-most_rows // 16) * 16, 16 if most_rows else 0), "no more than the largest pack has"
@@ -142,7 +158,7 @@ def test_limits(capability):
     assert tuple(max_rows(d, capability) for d in HEAD_DIMS) == LIMITS[capability]
     for head_dim, limit in zip(HEAD_DIMS, LIMITS[capability], strict=True):
         shared = cuda_backend.SHARED_MEMORY.get(capability, 99 << 10)
-        # As in csrc/short_attention.h: a map and statistics, and four rows of 2-byte elements.
+        # As in csrc/short_attention/arguments.h: a map and statistics, and four rows of 2-byte elements.
         assert limit * (16 + 4 * 2 * head_dim) <= shared
         assert limit == MAX_KEYS or (limit + 16) * (16 + 4 * 2 * head_dim) > shared
         assert AnyGpu().supports(Query("cuda", capability, torch.float16, head_dim, limit))
@@ -194,7 +210,7 @@ def test_the_op_refuses_with_the_same_words(backend, monkeypatch, lengths, optio
 
 
 def test_the_numbers_are_those_of_the_sources():
-    header = (CSRC / "short_attention.h").read_text()
+    header = (CSRC / "short_attention" / "arguments.h").read_text()
 
     def numbers(pattern, text):
         (found,) = re.findall(pattern, text)
@@ -203,4 +219,6 @@ def test_the_numbers_are_those_of_the_sources():
     assert HEAD_DIMS == numbers(r"kShortHeadDims\[\] = \{(.*?)\}", header)
     assert BANDS == numbers(r"kShortKeys\[\] = \{(.*?)\}", header)
     assert max(BANDS) == MAX_KEYS
+    assert cuda_whole.HEAD_DIMS == numbers(r"kWholeHeadDims\[\] = \{(.*?)\}", header)
+    assert cuda_whole.ROWS == numbers(r"kWholeRows\[\] = \{(.*?)\}", header)
     assert HEAD_DIMS == numbers(r"foreach\(HEAD_DIM ([\d ]+)\)", (CSRC.parent / "CMakeLists.txt").read_text())

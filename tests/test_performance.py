@@ -172,5 +172,27 @@ def test_the_short_kernels_of_one_slice_take_as_long_as_their_units():
     assert forward.useful == pytest.approx(198**2 / 208**2)
     assert forward.memory == pytest.approx(4 * 132 * moved / H200.bandwidth)
     backward = predict_short(layout, "slice", backward=True, **kind)
-    assert backward.overlapped == pytest.approx((steps * 7 * 4 * 512 + 4 * moved) / 128 / H200.clock + LAUNCH)
+    # 7 warps keep 32 keys each, but of the four schedulers three have two of them; dQ is shared by all 8.
+    flops = (4 * 13 * 16 + steps) * 4 * 2 * 16**3
+    assert backward.binds == "matrix"
+    assert backward.overlapped == pytest.approx(flops / (0.63 * H200.matrix[2]) / H200.clock + LAUNCH)
+    assert backward.useful == pytest.approx(198**2 / (208 * 224))
     assert backward.serial > backward.overlapped > forward.overlapped
+    halves = predict_short(layout, "slice", backward=True, halves=True, **kind)
+    assert halves.binds == "shared memory"
+    assert halves.overlapped == pytest.approx((steps * 7 * 4 * 512 + 4 * moved) / 128 / H200.clock + LAUNCH)
+
+
+@pytest.mark.parametrize("gpu", ["H200", "A100"])
+def test_the_backward_pass_of_mixed_lengths_is_the_sum_of_its_kernels(gpu):
+    """Large segments, middling ones and packs: a kernel each, where there is one."""
+    kinds = {"large": [200] * 40, "small": [90] * 40, "packs": [10] * 300}
+    kind = {"heads": 4, "head_dim": 64, "dtype": torch.bfloat16, "rates": RATES[gpu]}
+
+    def serial(lengths, **options):
+        layout = Layout.from_lengths(lengths, levels=("slice",))
+        return predict_short(layout, "slice", backward=True, **kind, **options).serial
+
+    together = serial([*kinds["packs"], *kinds["large"], *kinds["small"]])
+    assert together == pytest.approx(sum(map(serial, kinds.values())))
+    assert together < serial([n for lengths in kinds.values() for n in lengths], halves=True)

@@ -24,12 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from hlip_kernels.backends import cuda_whole
 from hlip_kernels.backends.cuda import HEAD_DIMS, SHARED_MEMORY, max_rows
 from hlip_kernels.packs import PACK_ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-SOURCE = CSRC / "short_attention.cu"
+SOURCE = CSRC / "short_attention" / "launch.cu"
 # Those of CMakeLists.txt's Release build that reach the device code, so that what is looked at is what is shipped.
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
 SLICE_ROWS = 14 * 14 + 2  # patches and prefix rows of a slice of the published models
@@ -76,7 +77,8 @@ class Resources:
 
     Attributes:
         nvcc: the compiler, as major.minor.
-        keys: the most keys a forward kernel has room for; 0: any number.
+        keys: the most keys a forward kernel has room for, the most rows of a segment that a kernel for whole ones keeps; 0: any
+            number. step: queries between two barriers of a kernel for whole segments; 0: another kernel.
         threads: of a block.
         stack: bytes of local memory a thread has for anything, spilled registers among it.
         local_loads, local_stores: instructions that touch it.
@@ -92,6 +94,7 @@ class Resources:
     dtype: str
     head_dim: int
     keys: int
+    step: int
     arch: str
     threads: int
     registers: int
@@ -172,15 +175,33 @@ def why_not(arch: str) -> str:
 
 @functools.cache
 def shared_bytes() -> dict[tuple[str, int, int], int]:
-    """(forward or backward, head dim, rows) -> bytes of dynamic shared memory, asked of csrc/short_attention.h itself."""
+    """(forward or backward, head dim, rows) -> bytes of dynamic shared memory, asked of csrc/short_attention itself.
+
+    Also ``("whole 64 2", ...)`` and so on, of whole_backward.cuh with 64 queries a step and room for the keys of two segments,
+    and ``("warps where there are 227 KB", ...)``, likewise step, keys and blocks: how it is launched there.
+    """
     source = """
         #include <cstdio>
-        #include "short_attention.h"
+        #include <initializer_list>
+        #include "short_attention/arguments.h"
         int main() {
           for (int d : hlip::kShortHeadDims) {
             for (int rows = 1; rows <= 1024; ++rows) {
-              std::printf("forward %d %d %lld\\n", d, rows, static_cast<long long>(hlip::short_forward_bytes(rows, d)));
-              std::printf("backward %d %d %lld\\n", d, rows, static_cast<long long>(hlip::short_backward_bytes(rows, d)));
+              std::printf("forward, %d %d %lld\\n", d, rows, static_cast<long long>(hlip::short_forward_bytes(rows, d)));
+              std::printf("backward, %d %d %lld\\n", d, rows, static_cast<long long>(hlip::short_backward_bytes(rows, d)));
+              for (int step : {32, 64}) {
+                for (int n : {1, 2}) {
+                  const long long bytes = hlip::whole_backward_bytes(rows, d, step, n);
+                  std::printf("whole %d %d, %d %d %lld\\n", step, n, d, rows, bytes);
+                }
+              }
+              for (int kb : {99, 163, 227}) {
+                const hlip::WholeLaunch w = hlip::whole_launch(rows, d, kb * 1024);
+                std::printf("warps where there are %d KB, %d %d %d\\n", kb, d, rows, w.warps);
+                std::printf("step where there are %d KB, %d %d %d\\n", kb, d, rows, w.step);
+                std::printf("keys where there are %d KB, %d %d %d\\n", kb, d, rows, w.keys);
+                std::printf("blocks where there are %d KB, %d %d %d\\n", kb, d, rows, w.blocks);
+              }
             }
           }
         }"""
@@ -192,7 +213,8 @@ def shared_bytes() -> dict[tuple[str, int, int], int]:
         lines = run(program).splitlines()
     table = {}
     for line in lines:
-        way, head_dim, rows, size = line.split()
+        way, numbers = line.split(", ")
+        head_dim, rows, size = numbers.split()
         table[way, int(head_dim), int(rows)] = int(size)
     return table
 
@@ -216,13 +238,21 @@ def resident(arch: str, threads: int, registers: int, shared: int) -> tuple[int,
     return blocks, blocks * warps
 
 
-def launches(kernel: str, keys: int, rooms: Iterable[int], head_dim: int, arch: str) -> tuple[int, bool]:
+def launches(kernel: str, keys: int, step: int, rooms: Iterable[int], head_dim: int, arch: str) -> tuple[int, bool]:
     """The largest pack a kernel may be launched with on an architecture (0: it never is), and if a published slice comes to it.
 
     Args:
-        keys: what a forward kernel has room for. rooms: what the forward kernels of this head dim have room for.
+        keys, step: as in :class:`Resources`. rooms: what the forward kernels of this head dim have room for.
     """
     longest = max_rows(head_dim, ARCHITECTURES[arch].capability)
+    if kernel.endswith("whole_backward"):
+        shared = ARCHITECTURES[arch].block_shared_memory
+        # Shorter ones share packs, or are those of the kernel with blocks of 4 warps.
+        least = (min(PACK_ROWS, longest) // 2 if keys == cuda_whole.ROWS[0] else cuda_whole.ROWS[0]) + 1
+        lengths = range(least, min(keys, longest) + 1)
+        found = {rows: cuda_whole.whole_launch(rows, head_dim, shared) for rows in lengths}
+        fits = [rows for rows, launch in found.items() if launch and launch.step == step]
+        return max(fits, default=0), SLICE_ROWS in fits
     if not kernel.endswith("forward"):
         return longest, longest >= SLICE_ROWS
     smaller = max((room for room in rooms if room < keys), default=0)  # takes all launches that see no more than this
@@ -233,17 +263,25 @@ def launches(kernel: str, keys: int, rooms: Iterable[int], head_dim: int, arch: 
 
 def with_launches(row: dict, rooms: Iterable[int]) -> Resources:
     """The figures read out of the machine code, and what follows from them and from the sizes of packs."""
-    way = "forward" if row["kernel"].endswith("forward") else "backward"
-    rows, takes_slices = launches(row["kernel"], row["keys"], rooms, row["head_dim"], row["arch"])
+    rows, takes_slices = launches(row["kernel"], row["keys"], row["step"], rooms, row["head_dim"], row["arch"])
     figures = {}
     for prefix, count in (("", rows), ("slice_", SLICE_ROWS if takes_slices else 0)):
-        shared = shared_bytes()[way, row["head_dim"], count] if count else 0
+        shared = _shared(row, count) if count else 0
         blocks, warps = (0, 0)
         if count:
             blocks, warps = resident(row["arch"], row["threads"], row["registers"], row["static_shared"] + shared)
         figures |= {f"{prefix}shared": shared, f"{prefix}blocks": blocks, f"{prefix}warps": warps}
     known = {f.name for f in fields(Resources)} - figures.keys() - {"rows"}
     return Resources(**{name: row[name] for name in known}, rows=rows, **figures)
+
+
+def _shared(row: dict, rows: int) -> int:
+    """Bytes of dynamic shared memory of a block."""
+    way = row["kernel"].removeprefix("short_attention_")
+    if way == "whole_backward":
+        launch = cuda_whole.whole_launch(rows, row["head_dim"], ARCHITECTURES[row["arch"]].block_shared_memory)
+        way = f"whole {launch.step} {launch.keys}"
+    return shared_bytes()[way, row["head_dim"], rows]
 
 
 # ---------------------------------------------------------------- machine code
@@ -304,15 +342,17 @@ def read_cubin(path: Path, arch: str) -> dict[str, Code]:
     return kernels
 
 
-def parse_name(mangled: str) -> tuple[str, str, int, int]:
-    """(kernel, dtype, head dim, keys) of a mangled name: element type and head dim come first, then a forward kernel's keys."""
-    found = re.match(r"_ZN4hlip\d+(short_attention_[a-z]+)I(6__half|13__nv_bfloat16)((?:L[a-z]\d+E)+)E", mangled)
+def parse_name(mangled: str) -> tuple[str, str, int, int, int]:
+    """(kernel, dtype, head dim, keys, step) of a mangled name: element type and head dim come first, then a forward kernel's
+    keys, or the warps of one for whole segments, which keep 32 rows each, and its step."""
+    found = re.match(r"_ZN4hlip\d+(short_attention_[a-z_]+)I(6__half|13__nv_bfloat16)((?:L[a-z]\d+E)+)E", mangled)
     if found is None:
-        raise ToolError(f"{mangled} is not a name of csrc/short_attention.cuh as it was: parse_name has to learn it")
+        raise ToolError(f"{mangled} is not a name of csrc/short_attention as it was: parse_name has to learn it")
     kernel, element, numbers = found.groups()
     values = [int(v) for v in re.findall(r"L[a-z](\d+)E", numbers)]
-    keys = values[1] if kernel.endswith("forward") else 0
-    return kernel, {"6__half": "float16", "13__nv_bfloat16": "bfloat16"}[element], values[0], keys
+    keys = values[1] * {"forward": 1, "whole_backward": 32}.get(kernel.removeprefix("short_attention_"), 0)
+    step = values[2] if kernel.endswith("whole_backward") else 0
+    return kernel, {"6__half": "float16", "13__nv_bfloat16": "bfloat16"}[element], values[0], keys, step
 
 
 def compile_cubin(source: Path, arch: str, output: Path, *flags: str) -> Path:
@@ -332,13 +372,13 @@ def compile_kernels(head_dim: int, arch: str) -> list[Resources]:
         code = read_cubin(compile_cubin(SOURCE, arch, Path(folder) / "kernels.cubin", f"-DHLIP_HEAD_DIM={head_dim}"), arch)
     rows = []
     for mangled, figures in code.items():
-        kernel, dtype, of_name, keys = parse_name(mangled)
+        kernel, dtype, of_name, keys, step = parse_name(mangled)
         assert of_name == head_dim, mangled
-        named = {"nvcc": nvcc_version(), "kernel": kernel, "dtype": dtype, "head_dim": head_dim, "keys": keys, "arch": arch}
-        rows.append(named | asdict(figures))
-    rooms = {row["keys"] for row in rows if row["keys"]}
+        named = {"nvcc": nvcc_version(), "kernel": kernel, "dtype": dtype, "head_dim": head_dim, "keys": keys, "step": step}
+        rows.append(named | {"arch": arch} | asdict(figures))
+    rooms = {row["keys"] for row in rows if row["kernel"].endswith("forward")}
     made = [with_launches(row, rooms) for row in rows]
-    return sorted(made, key=lambda r: (r.dtype, r.kernel, r.keys))
+    return sorted(made, key=lambda r: (r.dtype, r.kernel, r.keys, r.step))
 
 
 def compile_all(archs: Iterable[str], head_dims: Iterable[int], jobs: int) -> Iterator[Resources]:
@@ -384,8 +424,8 @@ def main(argv: list[str] | None = None) -> int:
         f"warps of it that fit a multiprocessor; slice: the same of slices of {SLICE_ROWS} rows; -: none comes to this kernel."
     )
     print(
-        f"{'kernel':24} {'keys':>4} {'dtype':8} {'D':>3} {'arch':6} {'thr':>4} {'regs':>4} {'spills':>10} {'static':>6} "
-        f"{'HMMA':>5} {'LDSM':>5} {'EX2':>4}  {'largest':22} slice"
+        f"{'kernel':30} {'keys':>4} {'step':>4} {'dtype':8} {'D':>3} {'arch':6} {'thr':>4} {'regs':>4} {'spills':>10} "
+        f"{'static':>6} {'HMMA':>5} {'LDSM':>5} {'EX2':>4}  {'largest':22} slice"
     )
     rows = []
     try:
@@ -404,9 +444,10 @@ def _line(r: Resources) -> str:
     largest = f"{r.rows:>3} {r.shared:>6} {r.blocks:>2} x {r.threads // 32} = {r.warps:>2}" if r.rows else "-"
     a_slice = f"{r.slice_shared:>6} {r.slice_blocks:>2} x {r.threads // 32} = {r.slice_warps:>2}" if r.slice_shared else "-"
     spills = f"{r.stack}/{r.local_loads}/{r.local_stores}"
+    sizes = f"{r.threads:>4} {r.registers:>4} {spills:>10} {r.static_shared:>6}"
     return (
-        f"{r.kernel:24} {r.keys or '-':>4} {r.dtype:8} {r.head_dim:>3} {r.arch:6} {r.threads:>4} {r.registers:>4} {spills:>10} "
-        f"{r.static_shared:>6} {r.products:>5} {r.matrix_loads:>5} {r.exponentials:>4}  {largest:22} {a_slice}"
+        f"{r.kernel:30} {r.keys or '-':>4} {r.step or '-':>4} {r.dtype:8} {r.head_dim:>3} {r.arch:6} {sizes} "
+        f"{r.products:>5} {r.matrix_loads:>5} {r.exponentials:>4}  {largest:22} {a_slice}"
     )
 
 

@@ -26,6 +26,12 @@ def main() -> None:
             for backend in ("hopper", "hopper_ordered", "flash"):  # where they can
                 if backend in BACKENDS and BACKENDS[backend].supports(query):
                     attention(*qkv.unbind(1), layout, "study", backend=backend).float().sum().backward()
+        if dtype == torch.bfloat16:  # whole segments, several for each block that stays on a multiprocessor
+            count = torch.cuda.get_device_properties("cuda").multi_processor_count + 8
+            for lengths in ([66, 90] * count, [140, 66] * (count // 2 + 1)):
+                many = Layout.from_lengths(lengths, num_prefix=1, levels=("slice",)).to("cuda")
+                qkv = torch.randn(many.num_rows, 3, 2, 64, device="cuda", dtype=dtype, requires_grad=True)
+                attention(*qkv.unbind(1), many, "slice", backend="cuda").float().sum().backward()
         x = torch.randn(layout.num_rows, 40, device="cuda", dtype=dtype, requires_grad=True)
         y = switch_level(switch_level(x * 1, layout, "slice", "scan"), layout, "scan", "slice")
         (segment_mean(y, layout, "scan").float().sum() + segment_mean(y, layout, "study").float().sum()).backward()

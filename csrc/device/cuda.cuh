@@ -17,7 +17,14 @@ namespace hlip {
 HLIP_DEVICE int thread_index() { return threadIdx.x; }
 HLIP_DEVICE int lane_index() { return threadIdx.x % 32; }
 HLIP_DEVICE int warp_index() { return threadIdx.x / 32; }
+// The same as thread_index(), read anew: the compiler keeps no register for it from one use to the next.
+HLIP_DEVICE int thread_index_anew() {
+  int t;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+  return t;
+}
 HLIP_DEVICE int64_t block_index() { return blockIdx.x; }
+HLIP_DEVICE int64_t block_count() { return gridDim.x; }
 
 // A place in the block's dynamic shared memory: bytes from its start.
 using Shared = uint32_t;
@@ -39,6 +46,11 @@ HLIP_DEVICE void shared_store(Shared at, V value) {
 // Starts copying 16 bytes, past the first-level cache; zeros, and nothing is read, when not `really`.
 HLIP_DEVICE void copy_async_16(Shared to, const void* from, bool really) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(really ? 16 : 0) : "memory");
+}
+
+// The same for 4 bytes, which take the first-level cache.
+HLIP_DEVICE void copy_async_4(Shared to, const void* from, bool really) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(really ? 4 : 0) : "memory");
 }
 
 // Waits for this thread's copies. Other threads see them after a barrier.

@@ -115,9 +115,11 @@ constexpr bool kSharedType = std::is_trivially_copyable_v<V> && (sizeof(V) == 4 
 // ---------------------------------------------------------------- what kernels call
 
 HLIP_DEVICE int thread_index() { return emulation::machine.current; }
+HLIP_DEVICE int thread_index_anew() { return thread_index(); }  // for a compiler that counts registers; see cuda.cuh
 HLIP_DEVICE int lane_index() { return emulation::machine.current % 32; }
 HLIP_DEVICE int warp_index() { return emulation::machine.current / 32; }
 HLIP_DEVICE int64_t block_index() { return emulation::machine.block; }
+HLIP_DEVICE int64_t block_count() { return emulation::machine.blocks; }
 
 template <typename V>
 HLIP_DEVICE V shared_load(Shared at, emulation::Site site = emulation::Site::here()) {
@@ -142,31 +144,40 @@ HLIP_DEVICE void shared_store(Shared at, V value, emulation::Site site = emulati
 }
 
 // The source is read here, so that a bad address is reported here; the destination changes in copy_async_wait.
-HLIP_DEVICE void copy_async_16(Shared to, const void* from, bool really, emulation::Site site = emulation::Site::here()) {
+template <typename V>
+HLIP_DEVICE void copy_async(Shared to, const void* from, bool really, emulation::Site site) {
   const int t = thread_index();
-  emulation::check_place(to, 16, t, site, "copies to");
-  for (uint32_t i = to / 4; i < to / 4 + 4; ++i) {
+  emulation::check_place(to, sizeof(V), t, site, "copies to");
+  for (uint32_t i = to / 4; i < (to + sizeof(V)) / 4; ++i) {
     emulation::Word& word = emulation::machine.words[i];
     emulation::check_write(word, t, site, "copies to", i);
     word.copier = static_cast<int16_t>(t);
     word.write_site = site;
   }
-  emulation::Copy copy{to, {}};
-  emulation::check_global<uint4>(from, "copies", site);
-  if (really) std::memcpy(copy.data, from, 16);
+  emulation::Copy copy{to, sizeof(V), {}};
+  emulation::check_global<V>(from, "copies", site);
+  if (really) std::memcpy(copy.data, from, sizeof(V));
   emulation::machine.thread[t].copies.push_back(copy);
+}
+
+HLIP_DEVICE void copy_async_16(Shared to, const void* from, bool really, emulation::Site site = emulation::Site::here()) {
+  copy_async<uint4>(to, from, really, site);
+}
+
+HLIP_DEVICE void copy_async_4(Shared to, const void* from, bool really, emulation::Site site = emulation::Site::here()) {
+  copy_async<float>(to, from, really, site);
 }
 
 HLIP_DEVICE void copy_async_wait() {
   const int t = thread_index();
   auto& copies = emulation::machine.thread[t].copies;
   for (const emulation::Copy& copy : copies) {
-    for (uint32_t i = copy.to / 4; i < copy.to / 4 + 4; ++i) {
+    for (uint32_t i = copy.to / 4; i < (copy.to + copy.bytes) / 4; ++i) {
       emulation::Word& word = emulation::machine.words[i];
       word.copier = -1;
       emulation::record_write(word, t, word.write_site);
     }
-    std::memcpy(emulation::shared_data(copy.to), copy.data, 16);
+    std::memcpy(emulation::shared_data(copy.to), copy.data, copy.bytes);
   }
   copies.clear();
 }

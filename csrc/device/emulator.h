@@ -40,6 +40,7 @@ constexpr Wait kFirstAligned = Wait::kLoad;
 
 struct Copy {  // a cp.async under way
   Shared to;
+  uint32_t bytes;
   unsigned char data[16];
 };
 
@@ -81,7 +82,7 @@ struct alignas(128) Line {
 };
 
 struct Machine {
-  int64_t block = 0;
+  int64_t block = 0, blocks = 0;
   int current = -1, threads = 0, finished = 0;
   uint32_t shared_bytes = 0;
   uint64_t random = 0;
@@ -270,7 +271,7 @@ inline void check_place(Shared at, uint32_t bytes, int t, Site site, const char*
 
 inline void check_copies(const Word& w, int t, Site site, const char* does, uint32_t word) {
   if (w.copier < 0) return;
-  fail("copy under way: " + show_access(t, site, does, 4 * word) + ", where a copy_async_16 of " + show_thread(w.copier) +
+  fail("copy under way: " + show_access(t, site, does, 4 * word) + ", where a copy of " + show_thread(w.copier) +
        " at " + show(w.write_site) + " has not been waited for");
 }
 
@@ -392,6 +393,7 @@ void emulate(int64_t blocks, int threads, uint32_t shared_bytes, uint64_t seed, 
   emulation::prepare(threads, shared_bytes, seed);
   m.call = [](void* f) { (*static_cast<Body*>(f))(); };
   m.body = &body;
+  m.blocks = blocks;
   for (int64_t block = 0; block < blocks; ++block) emulation::run_block(block);
   m.broken = false;
 }

@@ -16,6 +16,7 @@ BACKENDS: dict[str, Backend] = {
     "sdpa": sdpa.SdpaBackend(),
     "triton": triton.TritonBackend(),
     "cuda": cuda.CudaBackend(),
+    "cuda_halves": cuda.CudaBackend(halves=True),
     "hopper": hopper.HopperBackend(),
     "hopper_ordered": hopper.HopperBackend(ordered=True),
     "flash": flash.FlashBackend(),

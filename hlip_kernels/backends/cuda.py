@@ -1,4 +1,4 @@
-"""The CUDA extension's attention: short segments, each held whole by one thread block (``csrc/short_attention.cuh``)."""
+"""The CUDA extension's attention: short segments, each held whole by one thread block (``csrc/short_attention``)."""
 
 from __future__ import annotations
 
@@ -7,26 +7,39 @@ import torch
 from .. import native
 from ..packs import PACK_ROWS, packs_of
 from .base import Backend, Query, Support, aligned
+from .cuda_whole import whole, whole_rows
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
-KEYS = (144, 208, 272)  # so many logits a row the forward kernels hold in registers; as in csrc/short_attention.h
+KEYS = (144, 208, 272)  # so many logits a row the forward kernels hold in registers; as in csrc/short_attention/arguments.h
 MAX_KEYS = KEYS[-1]
-
 # Bytes of shared memory a block may use, by compute capability (CUDA programming guide, "Technical Specifications").
 SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10,
                  (10, 0): 227 << 10, (10, 3): 227 << 10, (11, 0): 227 << 10, (12, 0): 99 << 10, (12, 1): 99 << 10}  # fmt: skip
 
 
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Bytes a block may use; of cards not known, what every one has."""
+    return SHARED_MEMORY.get(capability, 99 << 10)
+
+
 def max_rows(head_dim: int, capability: tuple[int, int]) -> int:
     """The longest segment, prefix rows counted, that both kernels can hold."""
-    shared = SHARED_MEMORY.get(capability, 99 << 10)
+    shared = shared_memory(capability)
     backward = shared // (16 + 8 * head_dim)  # bytes a row: its map and statistics, then q, k, v and the output gradient
     return min(MAX_KEYS, backward // 16 * 16)
 
 
 class CudaBackend(Backend):
+    """``halves``: never the backward kernel for whole segments, but for all of them the one that works in two halves. The same
+    results but for rounding; there to be timed beside the other."""
+
     name = "cuda"
     kernels = native
+
+    def __init__(self, halves: bool = False):
+        self.halves = halves
+        if halves:
+            self.name = "cuda_halves"
 
     def supports(self, query: Query) -> Support:
         why = self._why_not_here(query)
@@ -43,7 +56,14 @@ class CudaBackend(Backend):
             return Support.no(
                 f"holds segments of up to {limit} rows at head dim {query.head_dim}, the longest has {query.longest}"
             )
+        if self.halves and not self._has_whole(query):
+            return Support.no("is no different from cuda here: no backward kernel for whole segments of these")
         return Support.yes()
+
+    @staticmethod
+    def _has_whole(query: Query) -> bool:
+        longest = max(whole_rows(query.head_dim, shared_memory(query.capability or (9, 0))))
+        return PACK_ROWS // 2 < min(longest, longest if query.longest is None else query.longest)
 
     def _why_not_here(self, query: Query) -> str:
         if query.device_type != "cuda" or query.capability is None:
@@ -65,9 +85,14 @@ class CudaBackend(Backend):
 
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
         grad_out, q, k, v, out = map(aligned, (grad_out, q, k, v, out))
-        return self.kernels.short_attention_backward(grad_out, grad_lse, q, k, v, out, lse, self._packs(q, plan), scale)
+        packs, shared = self._packs(q, plan), 0 if self.halves else shared_memory(self._capability(q))
+        own = whole(packs, q.shape[-1], shared)
+        return self.kernels.short_attention_backward(grad_out, grad_lse, q, k, v, out, lse, packs, scale, own)
 
     @staticmethod
-    def _packs(q: torch.Tensor, plan):
-        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-        return packs_of(plan, q.device, min(PACK_ROWS, max_rows(q.shape[-1], capability)))
+    def _capability(q: torch.Tensor) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+
+    @classmethod
+    def _packs(cls, q: torch.Tensor, plan):
+        return packs_of(plan, q.device, min(PACK_ROWS, max_rows(q.shape[-1], cls._capability(q))))

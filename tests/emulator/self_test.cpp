@@ -159,6 +159,57 @@ void copies() {
   }
 }
 
+// Of 4 bytes: one word each, and the words beside it may be used meanwhile.
+void copies_of_words() {
+  float x[2 * 64];
+  for (int i = 0; i < 128; ++i) x[i] = static_cast<float>(i + 1);
+  for (uint64_t seed = 0; seed < kSeeds; ++seed) {
+    emulate(2, 64, 3 * 256, seed, [&] {
+      const int t = thread_index();
+      for (int i = 0; i < 3; ++i) shared_store(12 * t + 4 * i, -1.0f - i);
+      const bool really = t % 3 != 0;
+      copy_async_4(12 * t + 4, really ? x + 2 * t + 1 : nullptr, really);
+      require(shared_load<float>(12 * t) == -1 && shared_load<float>(12 * t + 8) == -3, "a copy to the words beside");
+      shared_store(12 * t + 8, 7.0f);
+      copy_async_wait();
+      const float copied = really ? x[2 * t + 1] : 0.0f;
+      require(shared_load<float>(12 * t + 4) == copied, "wrong copy of its own");
+      block_sync();
+      const int other = 63 - t;
+      require(shared_load<float>(12 * other) == -1 && shared_load<float>(12 * other + 8) == 7, "wrong words beside");
+      require(shared_load<float>(12 * other + 4) == (other % 3 != 0 ? x[2 * other + 1] : 0.0f), "wrong copy");
+    });
+  }
+}
+
+// Copies of both sizes side by side, again and again to the same places.
+void copies_again() {
+  alignas(16) float x[32][8];
+  for (uint64_t seed = 0; seed < kSeeds; ++seed) {
+    emulate(1, 32, 32 * 32, seed, [&] {
+      const int t = thread_index();
+      for (int round = 0; round < 3; ++round) {
+        for (int i = 0; i < 8; ++i) x[t][i] = static_cast<float>(100 * t + 10 * round + i);
+        copy_async_16(32 * t, x[t], true);
+        for (int i = 4; i < 8; ++i) copy_async_4(32 * t + 4 * i, x[t] + i, i != 5);
+        copy_async_wait();
+        for (int i = 0; i < 8; ++i) require(shared_load<float>(32 * t + 4 * i) == (i == 5 ? 0.0f : x[t][i]), "wrong copy");
+      }
+    });
+  }
+}
+
+void grid() {
+  for (int blocks : {3, 1, 2}) {
+    int seen = 0;
+    emulate(blocks, 64, 0, 1, [&] {
+      require(block_count() == blocks && block_index() < blocks, "wrong number of blocks");
+      seen += static_cast<int>(block_index()) + 1;
+    });
+    require(seen == 64 * blocks * (blocks + 1) / 2, "not every block");
+  }
+}
+
 void any() {
   emulate(2, 64, 0, 1, [] {
     require(!block_any(false), "any of none");
@@ -308,13 +359,29 @@ void race_of_copy_after_read() {
 
 void read_before_copy_wait() {
   alignas(16) float x[4] = {};
-  require_kernel_error({"copy under way", "reads shared byte 0 ", "has not been waited for"}, 32, 512, [&] {
+  require_kernel_error({"copy under way", "reads shared byte 0 ", "a copy of thread 0 ", "not been waited for"}, 32, 512, [&] {
     copy_async_16(16 * lane_index(), x, true);
     if (lane_index() == 7) copy_async_wait();  // waits for its own alone
     warp_sync();
     if (lane_index() == 7) shared_load<float>(16 * 7);
     if (lane_index() == 7) shared_load<float>(0);
     warp_sync();
+    copy_async_wait();
+  });
+}
+
+void read_before_copy_of_a_word_wait() {
+  alignas(16) float x[4] = {};
+  require_kernel_error({"copy under way", "thread 5 ", "reads shared byte 4 ", "where a copy of thread 5 "}, 32, 16, [&] {
+    if (lane_index() == 5) shared_store(0, make_float4(1, 2, 3, 4));
+    if (lane_index() == 5) copy_async_4(4, x, true);
+    if (lane_index() == 5) shared_load<float4>(0);
+    copy_async_wait();
+  });
+  require_kernel_error({"copy under way", "thread 6 ", "copies to shared byte 8 ", "where a copy of thread 5 "}, 32, 16, [&] {
+    if (lane_index() == 5) copy_async_4(8, x, true);
+    warp_sync();
+    if (lane_index() == 6) copy_async_16(0, x, true);
     copy_async_wait();
   });
 }
@@ -329,10 +396,33 @@ void write_before_copy_wait() {
   });
 }
 
+void races_with_copy_of_a_word() {
+  alignas(16) float x[4] = {};
+  require_kernel_error({"race", "thread 1 ", "reads shared byte 20 ", "thread 0 ", "wrote"}, 32, 32, [&] {
+    if (lane_index() == 0) copy_async_4(20, x, true);
+    copy_async_wait();
+    shuffle_xor(0, 1);
+    if (lane_index() == 1) shared_load<float>(20);
+  });
+  require_kernel_error({"race", "thread 0 ", "copies to shared byte 4 ", "thread 1 ", "read"}, 32, 16, [&] {
+    if (lane_index() == 0) shared_store(0, make_float4(1, 2, 3, 4));
+    warp_sync();
+    if (lane_index() == 1) shared_load<float>(4);
+    shuffle_xor(0, 1);
+    if (lane_index() == 0) copy_async_4(8, x, true);  // a word that nobody reads
+    if (lane_index() == 0) copy_async_4(4, x, true);
+    warp_sync();
+    copy_async_wait();
+  });
+}
+
 void copy_never_waited_for() {
   alignas(16) float x[4] = {};
   require_kernel_error({"thread 3 (warp 0, lane 3) exited without copy_async_wait"}, 32, 16, [&] {
     if (lane_index() == 3) copy_async_16(0, x, true);
+  });
+  require_kernel_error({"thread 3 (warp 0, lane 3) exited without copy_async_wait"}, 32, 16, [&] {
+    if (lane_index() == 3) copy_async_4(0, x, false);
   });
 }
 
@@ -357,6 +447,10 @@ void out_of_range() {
   });
   require_kernel_error({"out of range", "writes shared byte 4294967292 "}, 32, 128, [] { shared_store(0 - Shared{4}, 1); });
   require_kernel_error({"out of range", "copies to shared byte 128 "}, 32, 128, [] { copy_async_16(128, nullptr, false); });
+  require_kernel_error({"out of range", "copies to shared byte 128 ", "4 bytes of 128"}, 32, 128, [] {
+    copy_async_4(4 * (lane_index() + 1), nullptr, false);
+    copy_async_wait();
+  });
   require_kernel_error({"out of range", "reads shared byte 512 "}, 32, 512, [] {
     shared_store(16 * lane_index(), make_uint4(1, 2, 3, 4));
     warp_sync();
@@ -371,6 +465,14 @@ void misaligned() {
   require_kernel_error({"misaligned", "reads 16 bytes of global memory"}, 32, 0, [] { global_load<float4>(x + 2); });
   require_kernel_error({"misaligned", "copies 16 bytes of global memory"}, 32, 512, [] {
     copy_async_16(16 * lane_index(), x + 1, true);
+    copy_async_wait();
+  });
+  require_kernel_error({"misaligned", "thread 9 ", "copies to shared byte 38 ", "4 bytes"}, 32, 128, [] {
+    copy_async_4(4 * lane_index() + 2 * (lane_index() == 9), x, true);
+    copy_async_wait();
+  });
+  require_kernel_error({"misaligned", "thread 9 ", "copies 4 bytes of global memory"}, 32, 128, [] {
+    copy_async_4(4 * lane_index(), reinterpret_cast<const char*>(x + lane_index()) + 2 * (lane_index() == 9), true);
     copy_async_wait();
   });
   expect_writes(x, sizeof(x), "x");
@@ -476,6 +578,9 @@ const std::map<std::string, std::function<void()>> kCases = {
     {"matrices_transposed", [] { load(true); }},
     CASE(shuffle),
     CASE(copies),
+    CASE(copies_of_words),
+    CASE(copies_again),
+    CASE(grid),
     CASE(any),
     CASE(ordered),
     {"elements_half", elements<__half>},
@@ -492,6 +597,8 @@ const std::map<std::string, std::function<void()>> kCases = {
     CASE(race_with_copy),
     CASE(race_of_copy_after_read),
     CASE(read_before_copy_wait),
+    CASE(read_before_copy_of_a_word_wait),
+    CASE(races_with_copy_of_a_word),
     CASE(write_before_copy_wait),
     CASE(copy_never_waited_for),
     CASE(unwritten),

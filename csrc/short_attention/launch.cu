@@ -1,6 +1,8 @@
 // Launches the short-segment attention kernels of one head dim: compiled once for each, with HLIP_HEAD_DIM.
-#include "dispatch.cuh"
-#include "short_attention_choice.cuh"
+#include <algorithm>
+
+#include "../dispatch.cuh"
+#include "choice.cuh"
 
 #ifndef HLIP_HEAD_DIM
 #error "compile this file with -DHLIP_HEAD_DIM=<head dim>"
@@ -11,25 +13,38 @@ namespace {
 
 [[noreturn]] void fail(const char* what, const char* reason, const Extent& extent, int64_t heads, int threads, int64_t bytes) {
   throw std::runtime_error(std::string("hlip: CUDA kernel ") + what + " failed: " + reason + " (head dim " +
-                           std::to_string(HLIP_HEAD_DIM) + ", " + std::to_string(heads) + " heads, " + std::to_string(extent.blocks) +
+                           std::to_string(HLIP_HEAD_DIM) + ", " + std::to_string(heads) + " heads, " + std::to_string(extent.packs) +
                            " packs of at most " + std::to_string(extent.rows) + " rows seeing at most " + std::to_string(extent.keys) +
                            "; blocks of " + std::to_string(threads) + " threads with " + std::to_string(bytes) +
                            " bytes of shared memory)");
 }
 
+// Multiprocessors of the current device.
+cudaError_t multiprocessors(int& count) {
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  return status == cudaSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : status;
+}
+
 template <typename Arguments, typename Choose>
-void launch(const char* what, Target target, Type type, const Arguments& a, const Extent& extent, Choose choose) {
+void run_on(const char* what, Target target, Type type, const Arguments& a, const Extent& extent, Choose choose) {
   if (target.on_host) fail(what, "it runs on GPUs only (tests emulate it: tests/emulated_attention.py)", extent, a.heads, 0, 0);
-  if (extent.blocks * a.heads == 0) return;
-  if (extent.blocks * a.heads > 0x7fffffff) fail(what, "too many blocks for one launch", extent, a.heads, 0, 0);
-  const auto run = [&](auto kernel, const Arguments& arguments, int threads, int64_t bytes) {
+  if (extent.packs * a.heads == 0) return;
+  if (extent.packs * a.heads > 0x7fffffff) fail(what, "too many blocks for one launch", extent, a.heads, 0, 0);
+  const auto run = [&](auto kernel, const auto& arguments, const Launch& launch) {
     // More than 48 KB must be asked for; the answer says if the card has that much.
-    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.bytes));
+    int64_t blocks = launch.items;
+    if (status == cudaSuccess && launch.resident > 0) {
+      int count = 0;
+      status = multiprocessors(count);
+      blocks = std::min<int64_t>(blocks, int64_t{count} * launch.resident);
+    }
     if (status == cudaSuccess) {
-      kernel<<<static_cast<unsigned>(extent.blocks * a.heads), threads, bytes, reinterpret_cast<cudaStream_t>(target.stream)>>>(arguments);
+      kernel<<<static_cast<unsigned>(blocks), launch.threads, launch.bytes, reinterpret_cast<cudaStream_t>(target.stream)>>>(arguments);
       status = cudaGetLastError();
     }
-    if (status != cudaSuccess) fail(what, cudaGetErrorString(status), extent, a.heads, threads, bytes);
+    if (status != cudaSuccess) fail(what, cudaGetErrorString(status), extent, a.heads, launch.threads, launch.bytes);
   };
   bool found = false;
   if (type == Type::kFloat16) found = choose(TypeTag<__half>{}, run);
@@ -41,14 +56,14 @@ void launch(const char* what, Target target, Type type, const Arguments& a, cons
 
 template <>
 void short_forward<HLIP_HEAD_DIM>(Target target, Type type, const ForwardArguments& a, const Extent& extent) {
-  launch("short_attention_forward", target, type, a, extent, [&](auto tag, auto run) {
+  run_on("short_attention_forward", target, type, a, extent, [&](auto tag, auto run) {
     return choose_forward<typename decltype(tag)::type, HLIP_HEAD_DIM>(a, extent, run);
   });
 }
 
 template <>
 void short_backward<HLIP_HEAD_DIM>(Target target, Type type, const BackwardArguments& a, const Extent& extent) {
-  launch("short_attention_backward", target, type, a, extent, [&](auto tag, auto run) {
+  run_on("short_attention_backward", target, type, a, extent, [&](auto tag, auto run) {
     return choose_backward<typename decltype(tag)::type, HLIP_HEAD_DIM>(a, extent, run);
   });
 }
