@@ -68,6 +68,9 @@ def report() -> str:
 def _short_attention() -> list[str]:
     """The short-segment kernels there are, and how long a segment each card lets them hold."""
     from .backends.cuda import HEAD_DIMS, KEYS, SHARED_MEMORY, max_rows
+    from .backends.cuda_whole import HEAD_DIMS as WHOLE_HEAD_DIMS
+    from .backends.cuda_whole import ROWS, whole_rows
+    from .packs import PACK_ROWS
 
     keys = ", ".join(map(str, KEYS))
     lines = [f"attention over short segments, float16 and bfloat16: forward for up to {keys} keys, and backward,"]
@@ -77,6 +80,14 @@ def _short_attention() -> list[str]:
         names = ", ".join(f"sm_{major}{minor}" for major, minor in cards)
         limits = ", ".join(f"{max_rows(d, cards[0])} at {d}" for d in HEAD_DIMS)
         lines.append(f"  {size >> 10} KB ({names}): {limits}")
+    lines.append(f"backward of whole segments of more than {PACK_ROWS // 2} rows (blocks of 4 warps, and of 8):")
+    for size in sorted(set(SHARED_MEMORY.values())):
+        least = (PACK_ROWS // 2, ROWS[0])
+        found = [
+            f"{d}: {', '.join(f'{a + 1} to {b}' for a, b in zip(least, whole_rows(d, size), strict=True) if b > a) or 'none'}"
+            for d in WHOLE_HEAD_DIMS
+        ]
+        lines.append(f"  {size >> 10} KB: head dim {'; '.join(found)}")
     return lines
 
 

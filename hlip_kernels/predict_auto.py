@@ -4,8 +4,7 @@
 
 For every family of GPUs and head dim, batches of equal segments of 16, 32, ... rows are put to both models, forward and
 backward together, bfloat16. The ``cuda`` backend is proposed up to the last length until which its overlapped time is at most
-Triton's on every card that stands for the family, and never beyond 128 rows, or 256 at the head dims that have a backward
-kernel for whole segments: there the bet ends (docs/short_segments.md).
+Triton's on every card that stands for the family, and never beyond 128 rows, where the bet ends (docs/short_segments.md).
 
 For Blackwell, whose share of ``mma.sync`` nobody in this repository has a figure for, the model takes Hopper's.
 """
@@ -18,15 +17,12 @@ import torch
 
 from .backends.auto import CARDS, Choice, short
 from .backends.cuda import HEAD_DIMS, max_rows
-from .backends.cuda_whole import HEAD_DIMS as WHOLE_HEAD_DIMS
-from .backends.cuda_whole import ROWS as WHOLE_ROWS
 from .layout import Layout
 from .performance import RATES, predict
 from .performance_short import predict_short
 
 CAPABILITY = {"ampere": (8, 0), "hopper": (9, 0), "blackwell": (10, 0)}  # of those cards
-LENGTHS = range(16, WHOLE_ROWS[1] + 1, 16)
-USUAL = 128  # rows where the bet ends
+LENGTHS = range(16, 129, 16)
 ROWS, HEADS = 65536, 12  # of a batch
 
 
@@ -48,8 +44,7 @@ def numbers(family: str, head_dim: int) -> tuple[int, float, float, int] | None:
     """(longest, overlapped, serial, sure) of :func:`auto.short`; ``None`` where Triton is ahead from the start."""
     found, sure = None, 0
     for length in LENGTHS:
-        limit = WHOLE_ROWS[1] if head_dim in WHOLE_HEAD_DIMS else USUAL
-        if length > min(limit, max_rows(head_dim, CAPABILITY[family])):
+        if length > max_rows(head_dim, CAPABILITY[family]):
             break
         overlapped, serial = map(max, zip(*(ratios(gpu, head_dim, length) for gpu in CARDS[family]), strict=True))
         if overlapped > 1:

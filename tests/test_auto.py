@@ -106,9 +106,9 @@ def test_dtype_groups_and_head_dims(monkeypatch):
 def test_length_decides(monkeypatch):
     for name in ("cuda", "triton"):
         monkeypatch.setitem(BACKENDS, name, Can(272 if name == "cuda" else None))
-    chosen = [decide(Query("cuda", (9, 0), torch.bfloat16, 64, longest=n)).backend for n in (1, 256, 257, 9000)]
+    chosen = [decide(Query("cuda", (9, 0), torch.bfloat16, 64, longest=n)).backend for n in (1, 128, 129, 9000)]
     assert chosen == ["cuda", "cuda", "triton", "triton"]
-    chosen = [decide(Query("cuda", (10, 0), torch.bfloat16, 64, longest=n)).backend for n in (160, 161)]
+    chosen = [decide(Query("cuda", (10, 0), torch.bfloat16, 80, longest=n)).backend for n in (112, 113)]
     assert chosen == ["cuda", "triton"]
     # Without a known length nothing says that segments are short.
     assert decide(Query("cuda", (9, 0), torch.bfloat16, 64)).backend == "triton"

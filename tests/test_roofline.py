@@ -33,7 +33,7 @@ def test_the_committed_picture_is_what_the_models_say():
     points = said(ROOT / "docs" / "roofline.svg")
     assert points == roofline.texts(roofline.predicted("H200")), again
     assert len(points) == 2 * 19 and "Predicted, not measured" in (ROOT / "docs" / "roofline.svg").read_text()
-    assert sum("hlip cuda" in point for point in points) == 12  # where auto takes them: slices of up to 256 rows
+    assert sum("hlip cuda" in point for point in points) == 4  # where auto takes them: many_short, dropout_50
 
 
 def test_every_point_is_drawn_where_its_figures_say(tmp_path, monkeypatch):

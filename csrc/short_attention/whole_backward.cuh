@@ -63,23 +63,26 @@ HLIP_DEVICE Places places(int rows, bool two_keys) {
           tiles + 4 * tile, stats,            exchange, two_keys ? tile : 0};
 }
 
+// A place in a tile of 32 or 64 columns, so many 16-byte chunks further on in its row, where the sum of old and new has no carry
+// (from chunk 0; from 4, up to 3). That changes address bits where they are: one instruction, and no register kept for it.
+HLIP_DEVICE Shared chunks_on(Shared at, int chunks) { return at ^ static_cast<Shared>(chunks << 4); }
+
 // Starts copying rows [first, last) of a segment into a tile, as far as it is padded, with zeros beyond its end. `thread`: of
-// kThreads that share the work, a chunk of every kRows-th row each.
-template <typename T, int D, int kThreads>
-HLIP_DEVICE void start_segment(Shared tile, const View& x, Shared segment, int first, int last, int thread) {
-  constexpr int kChunks = D / 8, kRows = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0 && kRows % 8 == 0, "a chunk stays at its place in the row");
+// `threads` (whole warps) that share the work, four to a row.
+template <typename T, int D>
+HLIP_DEVICE void start_segment(Shared tile, const View& x, Shared segment, int first, int last, int thread, int threads) {
   const Segment s = segment_at(segment);
   if (last > s.padded) last = s.padded;
-  int i = first + thread / kChunks;
-  const T* base = static_cast<const T*>(x.at) + s.head * x.head + thread % kChunks * 8;
+  int i = first + thread / 4;
+  const int rows = threads / 4;  // a multiple of 8: a chunk stays at its place in the row
   const int64_t hop = (static_cast<int64_t>(s.prefix) - s.patches - s.patch) * x.row;  // to prefix rows
-  int64_t from = (static_cast<int64_t>(s.patch) + i) * x.row;
-  Shared to = tile + place<D>(i, thread % kChunks);
+  const T* from = static_cast<const T*>(x.at) + s.head * x.head + (static_cast<int64_t>(s.patch) + i) * x.row + thread % 4 * 8;
+  Shared to = tile + place<D>(i, thread % 4);
 #pragma unroll 1
-  for (; i < last; i += kRows, from += kRows * x.row, to += kRows * 2 * D) {
-    const bool live = i < s.rows;
-    copy_async_16(to, live ? base + (i < s.patches ? from : from + hop) : base, live);
+  for (; i < last; i += rows, from += rows * x.row, to += rows * 2 * D) {
+    const T* row = i < s.patches ? from : from + hop;
+#pragma unroll
+    for (int j = 0; j < D / 32; ++j) copy_async_16(chunks_on(to, 4 * j), row + 32 * j, i < s.rows);
   }
 }
 
@@ -133,10 +136,6 @@ HLIP_DEVICE void make_deltas(int padded, const Places& at, Shared stats) {
     }
   }
 }
-
-// A place in a tile of 32 or 64 columns, so many 16-byte chunks further on in its row, where the sum of old and new has no carry
-// (from chunk 0; from 4, up to 3). That changes address bits where they are: one instruction, and no register kept for it.
-HLIP_DEVICE Shared chunks_on(Shared at, int chunks) { return at ^ static_cast<Shared>(chunks << 4); }
 
 // c (kKeyTiles of 16 x 16) = keys or values (16 x D each) times the transpose of 16 rows of a tile.
 template <typename T, int D>
@@ -316,7 +315,7 @@ HLIP_KERNEL(kWarps * 32, kBlocks) short_attention_whole_backward(WholeArguments 
   const Places at = places<D, kStep>(whole.rows, whole.two_keys);
   const auto item = [&](int turn) { return static_cast<int>(block_index()) + turn * static_cast<int>(block_count()); };
   const auto start = [&](Shared tile, const View& x, Shared segment, int first) {
-    start_segment<T, D, kThreads>(tile, x, segment, first, whole.rows, thread_index_anew());
+    start_segment<T, D>(tile, x, segment, first, whole.rows, thread_index_anew(), kThreads);
   };
   if (block_index() >= whole.items) return;
   if (thread_index() < 2 && item(thread_index()) < whole.items) open_segment(thread_index() * kSegmentBytes, a, item(thread_index()));
@@ -361,8 +360,8 @@ HLIP_KERNEL(kWarps * 32, kBlocks) short_attention_whole_backward(WholeArguments 
       const int self = thread_index_anew(), unit = (self / 32 + step / kStep * (kWarps - kUnits)) % kWarps, column = unit / kParts * kTile;
       if (item(turn + 1) < whole.items && (kUnits == kWarps || unit >= kUnits)) {
         const int thread = kUnits == kWarps ? self : (unit - kUnits) * 32 + self % 32;
-        start_segment<T, D, kCopiers>(at.queries, a.q, segment(1), step, step + kStep, thread);
-        start_segment<T, D, kCopiers>(at.grads, a.grad_out, segment(1), step, step + kStep, thread);
+        start_segment<T, D>(at.queries, a.q, segment(1), step, step + kStep, thread, kCopiers);
+        start_segment<T, D>(at.grads, a.grad_out, segment(1), step, step + kStep, thread, kCopiers);
       }
       if (unit < kUnits && step + column < padded) {
         make_queries<T, D, kStep>(a, segment(0), keys(0), step + column, exchange, column, unit % kParts);
