@@ -39,9 +39,9 @@ _SCHEDULERS = 4
 _BLOCK_SHARED_MEMORY = {"ampere": 163 << 10, "hopper": 227 << 10}  # of an A100, and of the newer cards
 
 
-def steps_of(packs: Packs, first: int = 0, last: int | None = None) -> int:
-    """Steps of 16 keys, summed over all tiles of 16 rows of packs ``first`` to ``last``."""
-    table, starts, records = (t.cpu().numpy().astype(np.int64) for t in (packs.packs[first:last], packs.starts, packs.records))
+def steps_of(packs: Packs, begin: int = 0, end: int | None = None) -> int:
+    """Steps of 16 keys, summed over all tiles of 16 rows of packs ``begin`` to ``end``."""
+    table, starts, records = (t.cpu().numpy().astype(np.int64) for t in (packs.packs[begin:end], packs.starts, packs.records))
     alive = records[:, 5] + records[:, 7] > 0
     table = table[alive[table[:, 0]]]
     lengths = records[:, 1] + records[:, 3]

@@ -27,6 +27,7 @@ constexpr int kBackwardBlocks = D <= 32 ? 4 : (D <= 64 ? 2 : 1);
 
 // A launch: `items` pieces of work, a block each, or, of blocks that take one after the other, `resident` a multiprocessor.
 struct Launch {
+  const char* kernel;  // its name, for errors
   int64_t items;
   int threads;
   int64_t bytes;  // of shared memory
@@ -36,7 +37,7 @@ struct Launch {
 // Calls run(kernel, arguments, launch); false if there is no kernel for that many keys.
 template <typename T, int D, typename Run>
 bool choose_forward(const ForwardArguments& a, const Extent& extent, Run run) {
-  const Launch launch{extent.packs * a.heads, kForwardWarps * 32, short_forward_bytes(extent.rows, D), 0};
+  const Launch launch{"short_attention_forward", extent.packs * a.heads, kForwardWarps * 32, short_forward_bytes(extent.rows, D), 0};
   if (extent.keys <= kShortKeys[0]) {
     run(short_attention_forward<T, D, kShortKeys[0], kForwardWarps, forward_blocks<D>(kShortKeys[0])>, a, launch);
   } else if (extent.keys <= kShortKeys[1]) {
@@ -59,7 +60,7 @@ bool choose_whole_backward(BackwardArguments a, const Stretch& packs, int64_t sh
     a.tables.packs += 4 * packs.first;
     const int64_t items = (packs.last - packs.first) * a.heads;
     const WholeArguments arguments{a, static_cast<int>(items), static_cast<int>(short_padded(packs.rows)), whole.keys == 2};
-    const Launch launch{items, whole.warps * 32, whole.bytes, whole.blocks};
+    const Launch launch{"short_attention_whole_backward", items, whole.warps * 32, whole.bytes, whole.blocks};
     if (whole.warps == 4) {
       run(short_attention_whole_backward<T, D, 4, 32, kSmallBlocks>, arguments, launch);
     } else if (whole.step == 32) {
@@ -83,7 +84,8 @@ bool choose_backward(const BackwardArguments& a, const Extent& extent, Run run) 
     b.tables.packs += 4 * waiting;
     const bool small = extent.large.last > 0 && waiting >= extent.large.last;  // larger ones come first
     const int64_t rows = small ? kWholeRows[0] : extent.rows;
-    const Launch launch{(last - waiting) * a.heads, kBackwardWarps<D> * 32, short_backward_bytes(rows, D), 0};
+    const int64_t items = (last - waiting) * a.heads;
+    const Launch launch{"short_attention_backward", items, kBackwardWarps<D> * 32, short_backward_bytes(rows, D), 0};
     run(short_attention_backward<T, D, kBackwardWarps<D>, kBackwardBlocks<D>>, b, launch);
     waiting = last;
   };

@@ -62,8 +62,9 @@ class CudaBackend(Backend):
 
     @staticmethod
     def _has_whole(query: Query) -> bool:
-        longest = max(whole_rows(query.head_dim, shared_memory(query.capability or (9, 0))))
-        return PACK_ROWS // 2 < min(longest, longest if query.longest is None else query.longest)
+        """Whether some segment may have a pack of its own, and go to the backward kernel for those."""
+        held = max(whole_rows(query.head_dim, shared_memory(query.capability or (9, 0))))
+        return held > PACK_ROWS // 2 and (query.longest is None or query.longest > PACK_ROWS // 2)
 
     def _why_not_here(self, query: Query) -> str:
         if query.device_type != "cuda" or query.capability is None:
@@ -86,8 +87,10 @@ class CudaBackend(Backend):
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
         grad_out, q, k, v, out = map(aligned, (grad_out, q, k, v, out))
         packs, shared = self._packs(q, plan), 0 if self.halves else shared_memory(self._capability(q))
-        own = whole(packs, q.shape[-1], shared)
-        return self.kernels.short_attention_backward(grad_out, grad_lse, q, k, v, out, lse, packs, scale, own)
+        key = ("whole", q.shape[-1], shared)  # once for a plan: this is every layer's backward pass
+        if key not in plan.kept:
+            plan.kept[key] = whole(packs, q.shape[-1], shared)
+        return self.kernels.short_attention_backward(grad_out, grad_lse, q, k, v, out, lse, packs, scale, plan.kept[key])
 
     @staticmethod
     def _capability(q: torch.Tensor) -> tuple[int, int]:
