@@ -9,7 +9,7 @@ VENV   ?= .venv
 OUT    ?= runs/gpu
 MINUTES ?= 10
 BIN    := $(VENV)/bin
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo test bench gpu stress lint clean
 .DEFAULT_GOAL := help
