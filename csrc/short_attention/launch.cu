@@ -44,7 +44,9 @@ void run_on(const char* what, Target target, Type type, const Arguments& a, cons
       kernel<<<static_cast<unsigned>(blocks), launch.threads, launch.bytes, reinterpret_cast<cudaStream_t>(target.stream)>>>(arguments);
       status = cudaGetLastError();
     }
-    if (status != cudaSuccess) fail(launch.kernel, cudaGetErrorString(status), extent, a.heads, launch.threads, launch.bytes);
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // forgets it, or the next launch would be told of it
+    fail(launch.kernel, cudaGetErrorString(status), extent, a.heads, launch.threads, launch.bytes);
   };
   bool found = false;
   if (type == Type::kFloat16) found = choose(TypeTag<__half>{}, run);
