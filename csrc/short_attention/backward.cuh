@@ -16,7 +16,6 @@ HLIP_DEVICE void backward_queries(const BackwardArguments& a, const Pack& pack, 
                                   Shared values, Shared grads, int64_t head) {
   const int lane = lane_index(), quad = lane % 4, i[2] = {tile + lane / 4, tile + lane / 4 + 8};
   const Seen seen = seen_by(pack, tile);
-  const Span span[2] = {span_at(i[0]), span_at(i[1])};
   uint32_t q[D / 16][4], g[D / 16][4];
   load_left_shared<T, D>(g, grads, tile);
   float delta[2] = {0.0f, 0.0f}, lse[2] = {0.0f, 0.0f};
@@ -44,22 +43,22 @@ HLIP_DEVICE void backward_queries(const BackwardArguments& a, const Pack& pack, 
   float dq[D / 8][4];
 #pragma unroll
   for (int n = 0; n < D / 8; ++n) clear(dq[n]);
+  // This lane's places, as left operands are turned and as they are; the values lie as far from the keys everywhere.
+  Shared at = matrix_place<D>(keys, seen.first, 0, false), turned = matrix_place<D>(keys, seen.first, 0, true);
 #pragma unroll 1
-  for (int key = seen.first; key < seen.last; key += kTile) {
+  for (int key = seen.first; key < seen.last; key += kTile, at += kTile * 2 * D, turned += kTile * 2 * D) {
     float s[2][4], dp[2][4];
-    times_rows<T, D>(s, q, keys, key);
-    times_rows<T, D>(dp, g, values, key);
-    const bool masked = !all_see(seen, key);
+    times_rows<T, D>(s, q, at);
+    times_rows<T, D>(dp, g, at + (values - keys));
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const int half = e % 4 / 2;
       float& x = s[e / 4][e % 4];
-      x = exp2_fast(x * a.scale_log2 - lse[half]) * (dp[e / 4][e % 4] - delta[half]);
-      if (masked && !sees(span[half], key + e / 4 * 8 + 2 * quad + e % 2)) x = 0.0f;
+      x = exp2_fast(x * a.scale_log2 - lse[e % 4 / 2]) * (dp[e / 4][e % 4] - delta[e % 4 / 2]);
     }
+    if (!all_see(seen, key)) hide(s, tile, key, 0.0f);
     uint32_t left[4];
     as_left<T>(left, s[0], s[1]);
-    add_times<T, D>(dq, left, keys, key);
+    add_times<T, D>(dq, left, turned);
   }
   const float scale[2] = {a.scale, a.scale};
   store_rows<T, D>(static_cast<T*>(a.dq), dq, scale, head, a.heads, pack, tile);
@@ -69,9 +68,8 @@ HLIP_DEVICE void backward_queries(const BackwardArguments& a, const Pack& pack, 
 template <typename T, int D>
 HLIP_DEVICE void backward_keys(const BackwardArguments& a, const Pack& pack, int tile, Shared stats, Shared queries, Shared keys,
                                Shared values, Shared grads, int64_t head) {
-  const int lane = lane_index(), quad = lane % 4, i[2] = {tile + lane / 4, tile + lane / 4 + 8};
+  const int quad = lane_index() % 4;
   const Seen seen = seen_by(pack, tile);
-  const Span span[2] = {span_at(i[0]), span_at(i[1])};
   uint32_t k[D / 16][4], v[D / 16][4];
   load_left_shared<T, D>(k, keys, tile);
   load_left_shared<T, D>(v, values, tile);
@@ -81,29 +79,31 @@ HLIP_DEVICE void backward_keys(const BackwardArguments& a, const Pack& pack, int
     clear(dk[n]);
     clear(dv[n]);
   }
+  Shared at = matrix_place<D>(queries, seen.first, 0, false), turned = matrix_place<D>(queries, seen.first, 0, true);
 #pragma unroll 1
-  for (int query = seen.first; query < seen.last; query += kTile) {
+  for (int query = seen.first; query < seen.last; query += kTile, at += kTile * 2 * D, turned += kTile * 2 * D) {
     float p[2][4], ds[2][4];
-    times_rows<T, D>(p, k, queries, query);
-    times_rows<T, D>(ds, v, grads, query);
-    const bool masked = !all_see(seen, query);
+    times_rows<T, D>(p, k, at);
+    times_rows<T, D>(ds, v, at + (grads - queries));
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int column = query + 8 * n + 2 * quad;
       const float4 two = shared_load<float4>(stats + 8 * column);  // statistics of this query and the next
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const bool gone = masked && !sees(span[e / 2], column + e % 2);
-        const float x = exp2_fast(p[n][e] * a.scale_log2 - (e % 2 ? two.z : two.x));
-        p[n][e] = gone ? 0.0f : x;
-        ds[n][e] = gone ? 0.0f : x * (ds[n][e] - (e % 2 ? two.w : two.y));
+        p[n][e] = exp2_fast(p[n][e] * a.scale_log2 - (e % 2 ? two.z : two.x));
+        ds[n][e] = p[n][e] * (ds[n][e] - (e % 2 ? two.w : two.y));
       }
+    }
+    if (!all_see(seen, query)) {
+      hide(p, tile, query, 0.0f);
+      hide(ds, tile, query, 0.0f);
     }
     uint32_t left[4];
     as_left<T>(left, p[0], p[1]);
-    add_times<T, D>(dv, left, grads, query);
+    add_times<T, D>(dv, left, turned + (grads - queries));
     as_left<T>(left, ds[0], ds[1]);
-    add_times<T, D>(dk, left, queries, query);
+    add_times<T, D>(dk, left, turned);
   }
   const float scale[2] = {a.scale, a.scale}, one[2] = {1.0f, 1.0f};
   store_rows<T, D>(static_cast<T*>(a.dk), dk, scale, head, a.heads, pack, tile);

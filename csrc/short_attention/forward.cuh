@@ -12,33 +12,53 @@
 
 namespace hlip {
 
+constexpr float kLeast = 1e-37f;  // so small that any logit times it is 0 to an exponential
+
+template <typename T, int D>
+HLIP_DEVICE void negate(uint32_t (&a)[D / 16][4]) {
+#pragma unroll
+  for (int e = 0; e < D / 4; ++e) a[e / 4][e % 4] ^= 0x80008000u;
+}
+
 template <typename T, int D, int kKeys>
 HLIP_DEVICE void forward_tile(const ForwardArguments& a, const Pack& pack, int tile, Shared keys, Shared values, int64_t head) {
   const int lane = lane_index(), quad = lane % 4, i[2] = {tile + lane / 4, tile + lane / 4 + 8};
   const Seen seen = seen_by(pack, tile);
-  const Span span[2] = {span_at(i[0]), span_at(i[1])};
   uint32_t q[D / 16][4];
   load_left<T, D>(q, a.q, head, pack, tile);
+  // Softmax of scaled logits is that of the logits with a largest one scaled once, if the scale is positive: its sign goes to the
+  // queries. (0 would make NaN of -inf.)
+  const float scale = fmaxf(fabsf(a.scale_log2), kLeast);
+  if (a.scale_log2 < 0.0f) negate<T, D>(q);
 
-  float p[kKeys / 8][4];
+  const Shared keys_at = matrix_place<D>(keys, seen.first, 0, false), values_at = matrix_place<D>(values, seen.first, 0, true);
+  constexpr int kTiles = kKeys / kTile;
+  float p[kTiles][2][4];
   float largest[2] = {-INFINITY, -INFINITY};
+  const auto finish = [&](float (&c)[2][4], int key) {
+    if (!all_see(seen, key)) hide(c, tile, key, -INFINITY);
 #pragma unroll
-  for (int n = 0; n < kKeys / kTile; ++n) {
-    const int key = seen.first + n * kTile;
-    if (key >= seen.last) {  // said, or the compiler takes the values of the round before to be needed still
+    for (int e = 0; e < 8; ++e) largest[e % 4 / 2] = fmaxf(largest[e % 4 / 2], c[e / 4][e % 4]);
+  };
 #pragma unroll
-      for (int e = 0; e < 8; ++e) p[2 * n + e / 4][e % 4] = -INFINITY;
+  for (int n = 0; n < kTiles; n += 2) {  // two at a time, so that products of one fill the time that those of the other take
+    const int m = n + 1 < kTiles ? n + 1 : n, key = seen.first + n * kTile, next = seen.first + m * kTile;
+    if (n < m && next < seen.last) {
+      times_rows<T, D>(p[n], q, keys_at, n * kTile);
+      times_rows<T, D>(p[m], q, keys_at, m * kTile);
+      finish(p[n], key);
+      finish(p[m], next);
       continue;
     }
-    float c[2][4];
-    times_rows<T, D>(c, q, keys, key);
-    const bool masked = !all_see(seen, key);
+    // No logits are said to be none, or the compiler takes the values of the round before to be needed still.
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      float& logit = p[2 * n + e / 4][e % 4];
-      logit = c[e / 4][e % 4] * a.scale_log2;
-      if (masked && !sees(span[e % 4 / 2], key + e / 4 * 8 + 2 * quad + e % 2)) logit = -INFINITY;
-      largest[e % 4 / 2] = fmaxf(largest[e % 4 / 2], logit);
+    for (int e = 0; e < 8; ++e) p[m][e / 4][e % 4] = -INFINITY;
+    if (key < seen.last) {
+      times_rows<T, D>(p[n], q, keys_at, n * kTile);
+      finish(p[n], key);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) p[n][e / 4][e % 4] = -INFINITY;
     }
   }
   int last = seen.last;
@@ -48,14 +68,14 @@ HLIP_DEVICE void forward_tile(const ForwardArguments& a, const Pack& pack, int t
   float total[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    largest[half] = over_quad(largest[half], larger);
+    largest[half] = over_quad(largest[half], larger) * scale;
     if (largest[half] == -INFINITY) largest[half] = 0.0f;  // a row that is not there, or whose logits are all -inf
   }
 
   // All probabilities before the first product: as left operands they take half the registers, which the output then has.
-  uint32_t left[kKeys / kTile][4];
+  uint32_t left[kTiles][4];
 #pragma unroll
-  for (int n = 0; n < kKeys / kTile; ++n) {
+  for (int n = 0; n < kTiles; ++n) {
     if (seen.first + n * kTile >= last) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) left[n][e] = 0;
@@ -63,20 +83,19 @@ HLIP_DEVICE void forward_tile(const ForwardArguments& a, const Pack& pack, int t
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      float& x = p[2 * n + e / 4][e % 4];
-      x = exp2_fast(x - largest[e % 4 / 2]);
+      float& x = p[n][e / 4][e % 4];
+      x = exp2_fast(x * scale - largest[e % 4 / 2]);
       total[e % 4 / 2] += x;
     }
-    as_left<T>(left[n], p[2 * n], p[2 * n + 1]);
+    as_left<T>(left[n], p[n][0], p[n][1]);
   }
   forget(last);
   float out[D / 8][4];
 #pragma unroll
   for (int n = 0; n < D / 8; ++n) clear(out[n]);
 #pragma unroll
-  for (int n = 0; n < kKeys / kTile; ++n) {
-    const int key = seen.first + n * kTile;
-    if (key < last) add_times<T, D>(out, left[n], values, key);
+  for (int n = 0; n < kTiles; ++n) {
+    if (seen.first + n * kTile < last) add_times<T, D>(out, left[n], values_at, n * kTile);
   }
   float share[2];
 #pragma unroll

@@ -165,6 +165,20 @@ HLIP_DEVICE Seen seen_by(const Pack& pack, int tile) {
 
 HLIP_DEVICE bool all_see(const Seen& seen, int key) { return key >= seen.all_first && key + kTile <= seen.all_last; }
 
+// Puts `value` where a row of a 16 x 16 accumulator, of rows from `tile` on, does not see a column, of those from `column` on. Few
+// accumulators need it: callers branch around it (all_see), which costs less than deciding for each element.
+HLIP_DEVICE void hide(float (&c)[2][4], int tile, int column, float value) {
+  const int lane = lane_index(), quad = lane % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Span span = span_at(tile + lane / 4 + 8 * half);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (!sees(span, column + e / 2 * 8 + 2 * quad + e % 2)) c[e / 2][2 * half + e % 2] = value;
+    }
+  }
+}
+
 // The next segment of a pack that is gone over one by one; false after the last.
 HLIP_DEVICE bool next_segment(Pack& pack) {
   if (pack.to == pack.rows) return false;

@@ -17,14 +17,23 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Where 16-byte chunk `chunk` of row `row` lies in a tile of D columns. Chunks are exclusive-or'ed with bits of the row so
 // that the 8 rows one matrix load touches lie in different banks.
 template <int D>
+constexpr int kTrading = D / 8 % 8 == 0 ? 8 : (D / 8 % 4 == 0 ? 4 : 2);  // chunks that may trade places
+
+template <int D>
 HLIP_DEVICE Shared place(int row, int chunk) {
-  constexpr int kChunks = D / 8;
-  constexpr int kPower = kChunks % 8 == 0 ? 8 : (kChunks % 4 == 0 ? 4 : 2);  // chunks that may trade places
-  constexpr int kShift = kPower == 8 ? 0 : (kPower == 4 ? 1 : 2);
-  return static_cast<Shared>(row * (2 * D) + ((chunk ^ ((row >> kShift) & (kPower - 1))) << 4));
+  constexpr int kShift = kTrading<D> == 8 ? 0 : (kTrading<D> == 4 ? 1 : 2);
+  return static_cast<Shared>(row * (2 * D) + ((chunk ^ ((row >> kShift) & (kTrading<D> - 1))) << 4));
 }
 
-// This lane's address for a matrix load of 16 rows by 2 chunks. `across`: matrices go row half first (left operands, and
+// From the place of a chunk 0 or 1 of a row, or of chunk 4 of 8, to the place `chunks` further on in that row, an even number (or up
+// to 3, from 4). Chunks trade places within groups that lie on as many bytes as they have, so that is a change of address bits.
+template <int D>
+HLIP_DEVICE Shared chunks_on(Shared at, int chunks) {
+  return (at ^ static_cast<Shared>(chunks % kTrading<D> << 4)) + chunks / kTrading<D> * kTrading<D> * 16;
+}
+
+// This lane's address for a matrix load of 16 rows by 2 chunks. Rows 8 or 16 further on, it is as many rows of 2 * D bytes further
+// on: bits of the row beyond the third do not matter to where chunks lie. `across`: matrices go row half first (left operands, and
 // right ones that are transposed), else chunk first (right operands as they are).
 template <int D>
 HLIP_DEVICE Shared matrix_place(Shared tile, int row, int chunk, bool across) {
@@ -101,27 +110,28 @@ HLIP_DEVICE float over_quad(float x, F combine) {
 
 // ---------------------------------------------------------------- products
 
-// c (16 x 16) = a (16 x D) times the transpose of 16 rows of a tile.
+// c (16 x 16) = a (16 x D) times the transpose of 16 rows of a tile: those `rows` after the ones of `at`, which is this lane's
+// matrix_place(..., 0, false).
 template <typename T, int D>
-HLIP_DEVICE void times_rows(float (&c)[2][4], const uint32_t (&a)[D / 16][4], Shared tile, int row) {
+HLIP_DEVICE void times_rows(float (&c)[2][4], const uint32_t (&a)[D / 16][4], Shared at, int rows = 0) {
   clear(c[0]);
   clear(c[1]);
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     uint32_t b[4];
-    load_matrices(b, matrix_place<D>(tile, row, 2 * k, false));
+    load_matrices(b, chunks_on<D>(at, 2 * k) + rows * 2 * D);
     multiply_add<T>(c[0], a[k], b[0], b[1]);
     multiply_add<T>(c[1], a[k], b[2], b[3]);
   }
 }
 
-// c (16 x D) += a (16 x 16) times 16 rows of a tile.
+// c (16 x D) += a (16 x 16) times 16 rows of a tile, likewise; `at` is this lane's matrix_place(..., 0, true).
 template <typename T, int D>
-HLIP_DEVICE void add_times(float (&c)[D / 8][4], const uint32_t (&a)[4], Shared tile, int row) {
+HLIP_DEVICE void add_times(float (&c)[D / 8][4], const uint32_t (&a)[4], Shared at, int rows = 0) {
 #pragma unroll
   for (int n = 0; n < D / 16; ++n) {
     uint32_t b[4];
-    load_matrices_transposed(b, matrix_place<D>(tile, row, 2 * n, true));
+    load_matrices_transposed(b, chunks_on<D>(at, 2 * n) + rows * 2 * D);
     multiply_add<T>(c[2 * n], a, b[0], b[1]);
     multiply_add<T>(c[2 * n + 1], a, b[2], b[3]);
   }

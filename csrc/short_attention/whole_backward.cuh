@@ -63,26 +63,21 @@ HLIP_DEVICE Places places(int rows, bool two_keys) {
           tiles + 4 * tile, stats,            exchange, two_keys ? tile : 0};
 }
 
-// A place in a tile of 32 or 64 columns, so many 16-byte chunks further on in its row, where the sum of old and new has no carry
-// (from chunk 0; from 4, up to 3). That changes address bits where they are: one instruction, and no register kept for it.
-HLIP_DEVICE Shared chunks_on(Shared at, int chunks) { return at ^ static_cast<Shared>(chunks << 4); }
-
 // Starts copying rows [first, last) of a segment into a tile, as far as it is padded, with zeros beyond its end. `thread`: of
-// `threads` (whole warps) that share the work, four to a row.
+// `threads` (whole warps) that share the work, each row whole: its chunks lie in different banks, and in one line of a cache.
 template <typename T, int D>
 HLIP_DEVICE void start_segment(Shared tile, const View& x, Shared segment, int first, int last, int thread, int threads) {
+  constexpr int kChunks = D / 8;
   const Segment s = segment_at(segment);
   if (last > s.padded) last = s.padded;
-  int i = first + thread / 4;
-  const int rows = threads / 4;  // a multiple of 8: a chunk stays at its place in the row
+  int i = first + thread / kChunks;
+  const int rows = threads / kChunks;  // a multiple of 8: a chunk stays at its place in the row
   const int64_t hop = (static_cast<int64_t>(s.prefix) - s.patches - s.patch) * x.row;  // to prefix rows
-  const T* from = static_cast<const T*>(x.at) + s.head * x.head + (static_cast<int64_t>(s.patch) + i) * x.row + thread % 4 * 8;
-  Shared to = tile + place<D>(i, thread % 4);
+  const T* from = static_cast<const T*>(x.at) + s.head * x.head + (static_cast<int64_t>(s.patch) + i) * x.row + thread % kChunks * 8;
+  Shared to = tile + place<D>(i, thread % kChunks);
 #pragma unroll 1
   for (; i < last; i += rows, from += rows * x.row, to += rows * 2 * D) {
-    const T* row = i < s.patches ? from : from + hop;
-#pragma unroll
-    for (int j = 0; j < D / 32; ++j) copy_async_16(chunks_on(to, 4 * j), row + 32 * j, i < s.rows);
+    copy_async_16(to, i < s.patches ? from : from + hop, i < s.rows);
   }
 }
 
@@ -148,7 +143,7 @@ HLIP_DEVICE void logits_of(float (&c)[kKeyTiles][2][4], const uint32_t (&a)[kKey
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     uint32_t b[4];
-    load_matrices(b, chunks_on(matrix_place<D>(tile, row, 0, false), 2 * k));
+    load_matrices(b, chunks_on<D>(matrix_place<D>(tile, row, 0, false), 2 * k));
 #pragma unroll
     for (int m = 0; m < kKeyTiles; ++m) {
       multiply_add<T>(c[m][0], a[m][k], b[0], b[1]);
@@ -163,7 +158,7 @@ HLIP_DEVICE void add_gradient(float (&c)[kKeyTiles][D / 8][4], const uint32_t (&
 #pragma unroll
   for (int n = 0; n < D / 16; ++n) {
     uint32_t b[4];
-    load_matrices_transposed(b, chunks_on(matrix_place<D>(tile, row, 0, true), 2 * n));
+    load_matrices_transposed(b, chunks_on<D>(matrix_place<D>(tile, row, 0, true), 2 * n));
 #pragma unroll
     for (int m = 0; m < kKeyTiles; ++m) {
       multiply_add<T>(c[m][2 * n], a[m], b[0], b[1]);
@@ -239,7 +234,7 @@ HLIP_DEVICE void pass_queries(KeyRows<D>& own, const BackwardArguments& a, int r
 #pragma unroll
     for (int e = 0; e < 4; ++e) {  // keys 8 or 16 on lie 8 or 16 rows on, in the same banks
       const bool there = first_key() + m * kTile + e % 2 * 8 + lane / 4 < rows;
-      shared_store<uint32_t>(chunks_on(first, column / 8 + e / 2) + (m * kTile + e % 2 * 8) * 2 * kStep, there ? left_ds[m][e] : 0u);
+      shared_store<uint32_t>(chunks_on<kStep>(first, column / 8 + e / 2) + (m * kTile + e % 2 * 8) * 2 * kStep, there ? left_ds[m][e] : 0u);
     }
   }
   add_gradient<T, D>(own.dk, left_ds, at.queries, query);
@@ -253,9 +248,9 @@ HLIP_DEVICE void make_queries(const BackwardArguments& a, Shared segment, Shared
   for (int n = 0; n < 4; ++n) clear(dq[n]);
   uint32_t left[2][4], b[2][2][4];
   const auto load = [&](int slot, int key) {
-    load_matrices_transposed(left[slot], chunks_on(matrix_place<kStep>(exchange, key, 0, false), column / 8));
+    load_matrices_transposed(left[slot], chunks_on<kStep>(matrix_place<kStep>(exchange, key, 0, false), column / 8));
 #pragma unroll
-    for (int n = 0; n < 2; ++n) load_matrices_transposed(b[slot][n], chunks_on(matrix_place<D>(keys, key, 4 * part, true), 2 * n));
+    for (int n = 0; n < 2; ++n) load_matrices_transposed(b[slot][n], chunks_on<D>(matrix_place<D>(keys, key, 4 * part, true), 2 * n));
   };
   const auto multiply = [&](int slot) {
 #pragma unroll
