@@ -83,7 +83,7 @@ def test_nothing_else_is_left_out():
     assert {dtype for backend, dtype in KINDS if backend == "cuda"} == {torch.float16, torch.bfloat16}
 
 
-def errors(backend, dtype, lengths, num_prefix, level, heads, head_dim, scale_of_logits=1.0, **options):
+def errors(backend, dtype, lengths, num_prefix, level, heads, head_dim, scale_of_logits=1.0, scale=None, **options):
     """(output, gradient of q, k, v) errors of a backend, and of torch's SDPA in the same dtype, against float64."""
     layout = make(lengths, num_prefix)
     rows = layout.num_rows
@@ -92,9 +92,9 @@ def errors(backend, dtype, lengths, num_prefix, level, heads, head_dim, scale_of
     weight = torch.randn(rows, heads, head_dim).to(dtype)
     found = []
     for run in (
-        lambda q, k, v: naive_attention(q, k, v, mask)[0],
-        lambda q, k, v: attention(q, k, v, layout, level, backend=backend, **options),
-        lambda q, k, v: sdpa_by_segment(q, k, v, mask),
+        lambda q, k, v: naive_attention(q, k, v, mask, scale)[0],
+        lambda q, k, v: attention(q, k, v, layout, level, backend=backend, scale=scale, **options),
+        lambda q, k, v: sdpa_by_segment(q, k, v, mask, scale),
     ):
         truth = not found
         leaves = [t.double() if truth else t.clone() for t in inputs]
@@ -173,6 +173,12 @@ def test_error_of_patterns_on_ragged_layouts(backend, dtype, lengths, num_prefix
 def test_error_with_logits_of_hundreds(backend, dtype):
     # q scaled so that logits have a standard deviation of 150: softmax is nearly one-hot.
     check(backend, dtype, RAGGED, 1, "scan", 2, 64, 150.0)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 1e-40, 3.0])
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+def test_error_at_any_scale(backend, dtype, scale):
+    check(backend, dtype, ragged_for(backend, dtype, 1, "slice", 32), 1, "slice", 2, 32, scale=scale)
 
 
 @given(lengths=ragged_lengths(120), num_prefix=st.sampled_from(PREFIXES), pattern=st.sampled_from(PATTERNS))

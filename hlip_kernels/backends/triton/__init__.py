@@ -18,6 +18,7 @@ from . import config as tables
 from .config import DTYPES, MAX_HEAD_DIM, config_for, family_of, has_tf32
 
 _LOG2_E = math.log2(math.e)
+_LEAST = 1e-37  # a scale of 0 would make NaN of the -inf of hidden logits; this makes 0 of any other
 
 
 def interpreted() -> bool:
@@ -57,6 +58,8 @@ class TritonBackend(Backend):
 
         num_rows, heads, head_dim = q.shape
         tf32, family = _tf32(q, numerics), family_of(q.device)
+        if scale < 0:  # the kernel takes the largest logit before it scales
+            q, scale = -q, -scale
         config = config_for("attention_forward", q.dtype, head_dim, family, tf32)
         tiles, records = plan.tiles(config.block_m, q.device)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -64,7 +67,7 @@ class TritonBackend(Backend):
         _launch(
             kernels.attention_forward, config, tiles, heads, head_dim, tf32, q.device,
             q, k, v, out, lse, tiles, records,
-            *_strides(q, k, v, out), num_rows, scale * _LOG2_E,
+            *_strides(q, k, v, out), num_rows, max(scale * _LOG2_E, _LEAST),
         )  # fmt: skip
         return out, lse
 

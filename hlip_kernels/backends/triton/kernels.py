@@ -34,14 +34,23 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def _forward_step(
     acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_stride, v_stride, rows_N, ok_N, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    ROOM: tl.constexpr,
 ):  # fmt: skip
+    """With ``ROOM``, ``max_M`` is of unscaled logits: scaling one and subtracting the largest is one instruction then."""
     k_ND = load_operand(k_base, rows_N, k_stride, ok_N, HEAD_DIM, BLOCK_D, BLOCK_E, MASK_ROWS, PRECISION)
-    logits_MN = dot_over_d(q_MD, k_ND, PRECISION) * scale_log2
+    logits_MN = dot_over_d(q_MD, k_ND, PRECISION)
+    if not ROOM:
+        logits_MN *= scale_log2
     if MASK_ROWS:
         logits_MN = tl.where(ok_N[None, :], logits_MN, float("-inf"))
     new_max_M = tl.maximum(max_M, tl.max(logits_MN, 1))
-    p_MN = tl.exp2(logits_MN - new_max_M[:, None])
-    shrink_M = tl.exp2(max_M - new_max_M)
+    if ROOM:
+        top_M = new_max_M * scale_log2
+        p_MN = tl.exp2(logits_MN * scale_log2 - top_M[:, None])
+        shrink_M = tl.exp2(max_M * scale_log2 - top_M)
+    else:
+        p_MN = tl.exp2(logits_MN - new_max_M[:, None])
+        shrink_M = tl.exp2(max_M - new_max_M)
     v_ND = load_operand(v_base, rows_N, v_stride, ok_N, HEAD_DIM, BLOCK_D, BLOCK_E, MASK_ROWS, PRECISION)
     acc_MD = dot_of_d(operand(p_MN.to(v_ND[0].dtype), PRECISION), v_ND, times(acc_MD, shrink_M[:, None]), PRECISION)
     return acc_MD, new_max_M, sum_M * shrink_M + tl.sum(p_MN, 1)
@@ -54,7 +63,7 @@ def attention_forward(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out = softmax(scale q k^T) v`` and ``lse``, for one tile of query rows of one head."""
+    """``out = softmax(scale q k^T) v`` and ``lse``, for one tile of query rows of one head. The scale must be above 0."""
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     record = records + tl.load(tiles + 2 * tile) * 8
@@ -76,23 +85,29 @@ def attention_forward(
     k_base = k + head * k_head
     v_base = v + head * v_head
     whole = (k_patches // BLOCK_N) * BLOCK_N
+    # Fewer instructions, for more registers, where a tile has them: the scale with the exponentials, and addresses of a tile's
+    # rows that stay while their base moves.
+    ROOM: tl.constexpr = q.dtype.element_ty.primitive_bitwidth == 16 and BLOCK_E == 0 and BLOCK_D <= 128
     for at in range(0, whole, BLOCK_N):  # whole tiles of patch rows: one address run, no masks
-        rows_N = k_patch + at + n
+        rows_N = n if ROOM else k_patch + at + n
+        to = (k_patch + at).to(tl.int64) if ROOM else 0
         acc_MD, max_M, sum_M = _forward_step(
-            acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_row, v_row, rows_N, n < BLOCK_N, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_E, False, PRECISION,
+            acc_MD, max_M, sum_M, q_MD, k_base + to * k_row, v_base + to * v_row, k_row, v_row, rows_N, n < BLOCK_N, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_E, False, PRECISION, ROOM,
         )  # fmt: skip
     for at in range(whole, k_total, BLOCK_N):  # the last patch rows and the prefix rows
         rows_N = row_of(at + n, k_patch, k_patches, k_prefix)
         acc_MD, max_M, sum_M = _forward_step(
             acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_row, v_row, rows_N, at + n < k_total, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION,
+            HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION, ROOM,
         )  # fmt: skip
 
     if k_total == 0:  # rows outside every segment
         sum_M += 1.0
         max_M = tl.zeros([BLOCK_M], dtype=tl.float32)
     store_tile(out + head * out_head, rows_M, out_row, ok_M, over(acc_MD, sum_M[:, None]), HEAD_DIM)
+    if ROOM:
+        max_M *= scale_log2
     tl.store(lse + head * num_rows + rows_M, (max_M + tl.log2(sum_M)) * LN_2, mask=ok_M)
 
 
