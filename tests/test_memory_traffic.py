@@ -6,6 +6,7 @@ import torch
 from emulated_attention import plan_of
 from ptx.counts import counting
 from ptx.extension import CompiledCudaBackend, extension
+from ptx.extension_build import cuda_resources
 from test_compiled_extension import CAPABILITIES
 
 from hlip_kernels.backends.base import Numerics
@@ -14,6 +15,7 @@ from hlip_kernels.backends.cuda import HEAD_DIMS
 DTYPE = torch.bfloat16
 PACKED = [100, 20, 5, 3, 64, 1, 1, 9]  # segments that share packs, and one that does not
 SLICE = [196]  # of the published models, with 2 prefix rows
+COUNTED_WITH = "13.0"  # nvcc
 
 
 def counted(lengths, num_prefix, head_dim, backend, heads=1):
@@ -66,6 +68,9 @@ def test_whole_segments(way):
 def test_instructions_of_a_published_slice(halves, most_forward, most_backward):
     """PTX instructions of warps, a segment and head: machine code has fewer, and follows them. Code that decides for every
     logit whether it counts took 39,500 and 90,800."""
+    nvcc = cuda_resources.nvcc_version()
+    if nvcc != COUNTED_WITH:
+        pytest.skip(f"the limits are of nvcc {COUNTED_WITH}, this is {nvcc}")
     forward, backward, *_ = counted(SLICE, 2, 64, CompiledCudaBackend(halves=halves))
     assert sum(forward.instructions.values()) <= most_forward
     assert sum(backward.instructions.values()) <= most_backward

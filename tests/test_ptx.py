@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from ptx_kernels import HEADER, PtxError, launch, parse, place, run
+from ptx.snippets import HEADER, PtxError, launch, parse, place, run
 
 # ---------------------------------------------------------------- text
 

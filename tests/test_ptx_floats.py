@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from ptx_kernels import PtxError, calculate
+from ptx.snippets import PtxError, calculate
 
 FORMATS = {
     "f16": (11, -24, 5),

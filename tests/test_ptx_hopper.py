@@ -5,8 +5,8 @@ import struct
 
 import numpy as np
 import pytest
+from ptx.snippets import HEADER, PtxError, launch, parse, place, run
 from ptx.tensor_map import TensorMap, encode
-from ptx_kernels import HEADER, PtxError, launch, parse, place, run
 
 COPY = "cp.async.bulk.tensor.{}d.shared::cta.global.mbarrier::complete_tx::bytes"
 BARS = ".shared .align 8 .b8 bars[64];\n"

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from ptx_kernels import PtxError, calculate
+from ptx.snippets import PtxError, calculate
 
 
 def numbers(kind: str, count: int = 300, seed: int = 0) -> np.ndarray:

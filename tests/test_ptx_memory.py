@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 from ptx.memory import Memory
-from ptx_kernels import HEADER, PtxError, each, launch, parse, run
+from ptx.snippets import HEADER, PtxError, each, launch, parse, run
 
 
 @pytest.mark.parametrize("space", ["global", "shared"])

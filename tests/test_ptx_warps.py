@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from ptx_kernels import PtxError, each, run
+from ptx.snippets import PtxError, each, run
 
 FULL = "0xFFFFFFFF"
 

@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from ptx_kernels import PtxError, run
+from ptx.snippets import PtxError, run
 from test_ptx_hopper import BARS, COPY, init, moved, run_maps, wait
 
 MODES = {0: 0, 128: 1, 64: 2, 32: 3}  # of a descriptor, by the bytes of a row of the swizzle pattern

@@ -12,7 +12,7 @@
 
 namespace hlip {
 
-constexpr float kLeast = 1e-37f;  // so small that any logit times it is 0 to an exponential
+constexpr float kLeast = 1e-37f;  // a scale so small that any logit times it is 0 to an exponential
 
 template <typename T, int D>
 HLIP_DEVICE void negate(uint32_t (&a)[D / 16][4]) {

@@ -25,8 +25,9 @@ HLIP_DEVICE Shared place(int row, int chunk) {
   return static_cast<Shared>(row * (2 * D) + ((chunk ^ ((row >> kShift) & (kTrading<D> - 1))) << 4));
 }
 
-// From the place of a chunk 0 or 1 of a row, or of chunk 4 of 8, to the place `chunks` further on in that row, an even number (or up
-// to 3, from 4). Chunks trade places within groups that lie on as many bytes as they have, so that is a change of address bits.
+// From the place of a chunk of a row to that of the one `chunks` further on, where adding their numbers carries no bit (any number
+// from chunk 0, an even one from 1). Chunks trade places within groups, which lie on multiples of their size: so this changes
+// address bits, and takes no register.
 template <int D>
 HLIP_DEVICE Shared chunks_on(Shared at, int chunks) {
   return (at ^ static_cast<Shared>(chunks % kTrading<D> << 4)) + chunks / kTrading<D> * kTrading<D> * 16;

@@ -9,6 +9,9 @@ import torch
 
 from ..pattern import Plan
 
+# In place of a scale of 0, which makes NaN of the -inf of hidden logits. Any other logit times this is 0 to an exponential.
+LEAST_SCALE = 1e-37
+
 
 @dataclass(frozen=True)
 class Numerics:

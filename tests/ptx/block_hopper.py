@@ -120,7 +120,7 @@ class BlockHopper:
     def barrier_wait(self, addresses, parities, register: int, mask, number: int):
         """Who finds the phase of this parity completed goes on; the others try again when a phase is."""
         done = np.zeros(self.padded, bool)
-        guard = self._everyone() if mask is None else mask
+        guard = self._alive() if mask is None else mask
         for thread, address in self._barriers(addresses, guard):
             done[thread] = self._phases(address).completed % 2 != int(parities[thread])
         self.registers[register] = np.where(guard, done, self.registers[register])
@@ -175,7 +175,7 @@ class BlockHopper:
 
     def land(self) -> bool:
         """Lets the oldest tile land. False: there is none, or nobody left to see it."""
-        if not self.tiles or not self._everyone().any():
+        if not self.tiles or not self._alive().any():
             return False
         tile = self.tiles.pop(0)
         self.shared[tile.places] = tile.data
@@ -243,7 +243,7 @@ class BlockHopper:
         addresses = wgmma.addresses(int(self._same(descriptors)), shape, which, kind, transposed)
         size = 4 if kind == "tf32" else 2
         first = self._shared_index(addresses.reshape(-1), size, 1)
-        view = self.shared[: len(self.shared) // size * size].view(UNSIGNED[size])
+        view = self._shared_as(UNSIGNED[size])
         product.reads.append((first, view[first].copy()))
         return wgmma.values(view[first].reshape(addresses.shape), kind)
 
@@ -263,8 +263,7 @@ class BlockHopper:
             threads, what = slice(product.threads[0], product.threads[-1] + 1), product.text[:60]
             changed = any((self.registers[register][threads] != before).any() for register, before in product.fragments)
             for first, before in product.reads:
-                size = before.dtype.itemsize
-                changed |= (self.shared[: len(self.shared) // size * size].view(before.dtype)[first] != before).any()
+                changed |= (self._shared_as(before.dtype)[first] != before).any()
             if changed:
                 raise PtxError(f"what a product reads was overwritten before the product was waited for: {what}")
             going_on = {register for other in kept if other.threads[0] == threads.start for register in other.sums}

@@ -49,15 +49,20 @@ class BlockMemory:
     def load_shared(self, addresses, size, count, guard):
         active = self._active(guard)
         first = self._shared_index(addresses[active], size, count)
-        view = self.shared[: len(self.shared) // size * size].view(UNSIGNED[size])
+        view = self._shared_as(UNSIGNED[size])
         return self._widened([view[first + i] for i in range(count)], active, size)
 
     def store_shared(self, addresses, size, values, guard) -> None:
         active = self._active(guard)
         first = self._shared_index(addresses[active], size, len(values))
-        view = self.shared[: len(self.shared) // size * size].view(UNSIGNED[size])
+        view = self._shared_as(UNSIGNED[size])
         for i, value in enumerate(values):
             view[first + i] = value[active]
+
+    def _shared_as(self, kind) -> np.ndarray:
+        """Shared memory as an array of whole values of a dtype."""
+        size = np.dtype(kind).itemsize
+        return self.shared[: len(self.shared) // size * size].view(kind)
 
     def _shared_index(self, addresses, size, count):
         """Index of the first value of each address, which it checks."""
@@ -88,7 +93,7 @@ class BlockMemory:
             place = addresses[threads]
             if space == "shared":
                 index = self._shared_index(place, size, 1)
-                view = self.shared[: len(self.shared) // size * size].view(before.dtype)
+                view = self._shared_as(before.dtype)
                 old = view[index]
             else:
                 old = self.memory.load(place, size, 1)[0].view(before.dtype)
@@ -117,11 +122,8 @@ class BlockMemory:
             data[reads] = np.stack(self.memory.load(source[active][reads], 4, size // 4), 1)
         place = self._shared_index(to[active], size, 1) * (size // 4)
         words = place[:, None] + np.arange(size // 4)
-        self._words()[words] = 0xFFFFFFFF
+        self._shared_as(np.uint32)[words] = 0xFFFFFFFF
         self.copies.append(Copy(active, words, data, self.groups[active].copy()))
-
-    def _words(self) -> np.ndarray:
-        return self.shared[: len(self.shared) // 4 * 4].view(np.uint32)
 
     def copy_commit(self, guard) -> None:
         self.groups[self._active(guard)] += 1
@@ -130,7 +132,7 @@ class BlockMemory:
         """Copies land: all of the waiting threads (``None``), or those of all but their ``pending`` newest groups."""
         waits = np.zeros(self.padded, bool)
         waits[self._active(guard)] = True
-        words, kept = self._words(), []
+        words, kept = self._shared_as(np.uint32), []
         for copy in self.copies:
             lands = waits[copy.threads]
             if pending is not None:

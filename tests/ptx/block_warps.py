@@ -68,7 +68,7 @@ class BlockWarps:
         data = np.zeros((*rows.shape, 8), np.uint16)
         here = self._lanes(guard).any(1)
         first = self._shared_index(rows[here], 16, 1) * 8
-        data[here] = self.shared[: len(self.shared) // 2 * 2].view(np.uint16)[first[..., None] + np.arange(8)]
+        data[here] = self._shared_as(np.uint16)[first[..., None] + np.arange(8)]
         return matrices.spread(data, transposed)
 
     def store_matrices(self, addresses, values, transposed, guard) -> None:
@@ -76,9 +76,7 @@ class BlockWarps:
         rows = matrices.rows_of(addresses, len(values))
         here = self._lanes(guard).any(1)
         first = self._shared_index(rows[here], 16, 1) * 8
-        self.shared[: len(self.shared) // 2 * 2].view(np.uint16)[first[..., None] + np.arange(8)] = matrices.collect(
-            values, transposed
-        )[here]
+        self._shared_as(np.uint16)[first[..., None] + np.arange(8)] = matrices.collect(values, transposed)[here]
 
     def multiply_add(self, shape, kinds, a, b, c, guard):
         self.whole_warps(guard)

@@ -71,9 +71,7 @@ class Emitter:
             text, have = f"R[{operand.index}]", SIZES[operand.type]
             if operand.type == "pred":
                 return text
-            if have > size:
-                text = f"{text}.astype(_b{8 * size})"
-            elif have < size:
+            if have != size:
                 text = f"{text}.astype(_b{8 * size})"
             return text if kind[0] in "bu" else f"{text}.view(_{kind})" if kind in DTYPES else text
         if isinstance(operand, Immediate):
@@ -122,7 +120,7 @@ class Emitter:
         at = f"R[{register.index}]"
         self.lines.append(f"{at} = {raw}" if self.guard == "None" else f"{at} = np.where({self.guard}, {raw}, {at})")
 
-    def address(self, operand: Address, size: int) -> str:
+    def address(self, operand: Address) -> str:
         """An int64 array of addresses."""
         base = operand.base
         wide = self.array(base, "b64" if SIZES.get(getattr(base, "type", "b64")) == 8 else "b32")

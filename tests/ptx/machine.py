@@ -103,8 +103,7 @@ class ThreadBlock(BlockMemory, BlockWarps, BlockHopper):
         self.groups = np.zeros(self.padded, np.int64)  # of copies that a thread has closed
         self.looked = False
         self.order: random.Random | None = None  # of warps; None: together
-        together = 4 * WARP if any(i.name == "wgmma" for b in kernel.blocks for i in b.instructions) else WARP
-        self.units, self.unit = np.arange(self.padded) // together, -1
+        self.units, self.unit = np.arange(self.padded) // (4 * WARP if kernel.has_warpgroups else WARP), -1
         self.start_hopper()
         self.places = _specials(grid, block, index, self.padded)
         empty = {name: np.full(self.padded, 0xDEADBEEFDEADBEEF, np.uint64).astype(kind) for name, kind in
@@ -194,8 +193,8 @@ class ThreadBlock(BlockMemory, BlockWarps, BlockHopper):
         if (warps.any(1) & (warps != alive).any(1)).any():
             raise PtxError("a warp is divided at an instruction that all of it must execute")
 
-    def barrier(self, name, count, mask, following: int, kind: str, source=None, destination=None) -> None:
-        mask = self._everyone() if mask is None else mask
+    def barrier(self, name, count, mask, kind: str, source=None, destination=None) -> None:
+        mask = self._alive() if mask is None else mask
         number = self._one(name, mask)
         expected = None if count is None else self._one(count, mask)
         barrier = self.barriers.setdefault(number, _Barrier(np.zeros(self.padded, bool), np.zeros(self.padded, bool)))
@@ -229,7 +228,7 @@ class ThreadBlock(BlockMemory, BlockWarps, BlockHopper):
                 self.registers[barrier.destination] = np.where(barrier.arrived, old.dtype.type(result), old)
             del self.barriers[number]
 
-    def _everyone(self) -> np.ndarray:
+    def _alive(self) -> np.ndarray:
         return self.state != _DONE
 
     @staticmethod

@@ -16,12 +16,12 @@ def _to_generic(e: Emitter, i: Instruction) -> None:
 @handles("mbarrier.init")
 def _init(e: Emitter, i: Instruction) -> None:
     at, count = i.operands
-    e.lines.append(f"run.barrier_init({e.address(at, 8)}, {e.array(count, 'b32')}, {e.guard})")
+    e.lines.append(f"run.barrier_init({e.address(at)}, {e.array(count, 'b32')}, {e.guard})")
 
 
 @handles("mbarrier.inval")
 def _invalidate(e: Emitter, i: Instruction) -> None:
-    e.lines.append(f"run.barrier_invalidate({e.address(i.operands[0], 8)}, {e.guard})")
+    e.lines.append(f"run.barrier_invalidate({e.address(i.operands[0])}, {e.guard})")
 
 
 @handles("mbarrier.arrive")
@@ -32,7 +32,7 @@ def _arrive(e: Emitter, i: Instruction) -> None:
     value = e.array(number[0], "b32") if number else "None"
     expects = "expect_tx" in i.parts
     e.lines.append(
-        f"run.barrier_arrive({e.address(at, 8)}, {'None' if expects else value}, {value if expects else 'None'}, {e.guard})"
+        f"run.barrier_arrive({e.address(at)}, {'None' if expects else value}, {value if expects else 'None'}, {e.guard})"
     )
 
 
@@ -41,7 +41,7 @@ def _wait(e: Emitter, i: Instruction) -> None:
     if "parity" not in i.parts or i.guard is not None:
         raise PtxError(f"{i.text}: not known here")
     d, at, parity, *_ = i.operands
-    e.lines.append(f"return run.barrier_wait({e.address(at, 8)}, {e.array(parity, 'b32')}, {d.index}, M, {e.number})")
+    e.lines.append(f"return run.barrier_wait({e.address(at)}, {e.array(parity, 'b32')}, {d.index}, M, {e.number})")
 
 
 @handles("cp.async.bulk.tensor")
@@ -54,9 +54,7 @@ def _copy_tile(e: Emitter, i: Instruction) -> None:
     places = ", ".join(e.array(c, "b32") for c in coordinates)
     if isinstance(tensor_map, Symbol):
         raise PtxError(f"{i.text}: a tensor map must be named by a generic address")
-    e.lines.append(
-        f"run.copy_tile({e.address(to, 1)}, {e.array(tensor_map, 'b64')}, [{places}], {e.address(barrier, 8)}, {e.guard})"
-    )
+    e.lines.append(f"run.copy_tile({e.address(to)}, {e.array(tensor_map, 'b64')}, [{places}], {e.address(barrier)}, {e.guard})")
 
 
 @handles("elect.sync")

@@ -18,7 +18,7 @@ def _load(e: Emitter, i: Instruction) -> None:
         raise PtxError(f"{i.text}: {space} addresses are not known here")
     d, source = i.operands
     size, registers = SIZES[kind], d if type(d) is tuple else (d,)
-    e.lines.append(f"loaded = run.load_{space}({e.address(source, size)}, {size}, {len(registers)}, {e.guard})")
+    e.lines.append(f"loaded = run.load_{space}({e.address(source)}, {size}, {len(registers)}, {e.guard})")
     if "acquire" in i.parts or "volatile" in i.parts:
         e.lines.append(f"run.look({e.guard})")
     raw = kind if kind[0] == "s" else f"b{8 * size}"
@@ -34,7 +34,7 @@ def _store(e: Emitter, i: Instruction) -> None:
     to, values = i.operands
     values = values if type(values) is tuple else (values,)
     texts = ", ".join(e.array(v, f"b{8 * size}") for v in values)
-    e.lines.append(f"run.store_{space}({e.address(to, size)}, {size}, [{texts}], {e.guard})")
+    e.lines.append(f"run.store_{space}({e.address(to)}, {size}, [{texts}], {e.guard})")
 
 
 @handles("atom", "red")
@@ -47,7 +47,7 @@ def _atomic(e: Emitter, i: Instruction) -> None:
     lists = [v if type(v) is tuple else (v,) for v in values]
     d = d if type(d) is tuple else (d,)
     for n in range(len(lists[0])):
-        place = e.address(to, SIZES[kind]) + (f" + {n * SIZES[kind]}" if n else "")
+        place = e.address(to) + (f" + {n * SIZES[kind]}" if n else "")
         texts = ", ".join(e.array(v[n], kind) for v in lists)
         e.lines.append(f"before = run.atomic({space!r}, {operation!r}, {place}, [{texts}], {e.guard})")
         if i.name == "atom":
@@ -58,7 +58,7 @@ def _atomic(e: Emitter, i: Instruction) -> None:
 def _copy(e: Emitter, i: Instruction) -> None:
     to, source, size, *really = i.operands
     count = f"{e.array(really[0], 'b32')}" if really else "None"
-    e.lines.append(f"run.copy_async({e.address(to, 16)}, {e.address(source, 16)}, {size.value}, {count}, {e.guard})")
+    e.lines.append(f"run.copy_async({e.address(to)}, {e.address(source)}, {size.value}, {count}, {e.guard})")
 
 
 @handles("cp.async.commit_group")
@@ -115,7 +115,7 @@ def _warp_barrier(e: Emitter, i: Instruction) -> None:
 def _load_matrices(e: Emitter, i: Instruction) -> None:
     d, source = i.operands
     d = d if type(d) is tuple else (d,)
-    e.lines.append(f"loaded = run.load_matrices({e.address(source, 16)}, {len(d)}, {'trans' in i.parts}, {e.guard})")
+    e.lines.append(f"loaded = run.load_matrices({e.address(source)}, {len(d)}, {'trans' in i.parts}, {e.guard})")
     for n, register in enumerate(d):
         e.keep(register, f"loaded[{n}]")
 
@@ -125,7 +125,7 @@ def _store_matrices(e: Emitter, i: Instruction) -> None:
     to, values = i.operands
     values = values if type(values) is tuple else (values,)
     texts = ", ".join(e.array(v, "b32") for v in values)
-    e.lines.append(f"run.store_matrices({e.address(to, 16)}, [{texts}], {'trans' in i.parts}, {e.guard})")
+    e.lines.append(f"run.store_matrices({e.address(to)}, [{texts}], {'trans' in i.parts}, {e.guard})")
 
 
 @handles("mma.sync")
@@ -190,7 +190,7 @@ def _barrier(e: Emitter, i: Instruction) -> None:
     count = e.array(operands[1], "b32") if len(operands) > 1 else "None"
     if kind == "red":
         operation = next(p for p in i.parts if p in ("or", "and", "popc"))
-        e.lines.append(f"run.barrier({name}, {count}, M, {e.number + 1}, {operation!r}, {e.array(source, 'pred')}, {d.index})")
+        e.lines.append(f"run.barrier({name}, {count}, M, {operation!r}, {e.array(source, 'pred')}, {d.index})")
     else:
-        e.lines.append(f"run.barrier({name}, {count}, M, {e.number + 1}, {kind!r})")
+        e.lines.append(f"run.barrier({name}, {count}, M, {kind!r})")
     e.lines.append(f"return {e.number + 1}")

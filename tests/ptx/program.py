@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -115,6 +116,11 @@ class Kernel:
     threads: tuple[int, ...]  # at most, from .maxntid or .reqntid; empty: not said
     target: str = ""
     compiled: dict = field(default_factory=dict)  # what machine.py makes of the blocks
+
+    @functools.cached_property
+    def has_warpgroups(self) -> bool:
+        """Whether some instruction is for a warpgroup."""
+        return any(i.name == "wgmma" for block in self.blocks for i in block.instructions)
 
 
 # What ends a block beside branches: instructions that may make a thread wait, or let it go on elsewhere.

@@ -13,11 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .. import triton as triton_backend
-from ..base import Backend, Query, Support, aligned, copied
+from ..base import LEAST_SCALE, Backend, Query, Support, aligned, copied
 from .config import BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_FUSED, DTYPES, FORWARD, HEAD_DIMS, Config
 
 _LOG2_E = math.log2(math.e)
-_TINY = 1e-30  # a scale of 0 would make the -inf of masked logits NaN; logits this small are 0 after rounding
 
 
 @functools.cache
@@ -79,7 +78,7 @@ class HopperBackend(Backend):
                 "attention_forward", config, items, [k, v],
                 q, k, v, out, lse, tiles, records,
                 *_strides(q, k, v, out), num_rows, heads, items,
-                max(abs(scale) * _LOG2_E, _TINY), -1.0 if scale < 0 else 1.0,
+                max(abs(scale) * _LOG2_E, LEAST_SCALE), -1.0 if scale < 0 else 1.0,
             )  # fmt: skip
         return out, lse
 

@@ -13,12 +13,11 @@ import os
 
 import torch
 
-from ..base import Backend, Numerics, Query, Support
+from ..base import LEAST_SCALE, Backend, Numerics, Query, Support
 from . import config as tables
 from .config import DTYPES, MAX_HEAD_DIM, config_for, family_of, has_tf32
 
 _LOG2_E = math.log2(math.e)
-_LEAST = 1e-37  # a scale of 0 would make NaN of the -inf of hidden logits; this makes 0 of any other
 
 
 def interpreted() -> bool:
@@ -67,7 +66,7 @@ class TritonBackend(Backend):
         _launch(
             kernels.attention_forward, config, tiles, heads, head_dim, tf32, q.device,
             q, k, v, out, lse, tiles, records,
-            *_strides(q, k, v, out), num_rows, max(scale * _LOG2_E, _LEAST),
+            *_strides(q, k, v, out), num_rows, max(scale * _LOG2_E, LEAST_SCALE),
         )  # fmt: skip
         return out, lse
 

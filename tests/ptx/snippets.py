@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import numpy as np
+
 from ptx.machine import launch
 from ptx.memory import Memory
 from ptx.program import PtxError, parse
