@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from .backends.hopper.config import KERNELS, ROWS, Config
+from .backends.hopper.config import BACKWARD_FUSED, HEAD_DIMS, KERNELS, ROWS, Config
 from .layout import Layout
 from .pattern import K_PATCHES, K_PREFIXES, Plan
 from .performance import LAUNCH, RATES, Rates
@@ -73,13 +73,13 @@ STEPS = {
     ),
     "attention_backward_dkdv": (
         Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)), Pause(PRODUCT_LATENCY),
-        Compute("floats", 1.5), Compute("exponentials", 1), Begin("dV"), Wait(("dP",)), Compute("floats", 3),
+        Compute("floats", 1), Compute("exponentials", 1), Begin("dV"), Wait(("dP",)), Compute("floats", 3),
         Begin("dK"), Wait(("dV", "dK")), _FINISH,
     ),
     # The summer's product, of both consumers' dS, as half of it each: nobody waits for it but the next but one.
     "attention_backward_fused": (
         Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)), Pause(PRODUCT_LATENCY),
-        Compute("floats", 2.5), Compute("exponentials", 1), Begin("dV"), Wait(("dP",)), Compute("floats", 3),
+        Compute("floats", 2), Compute("exponentials", 1), Begin("dV"), Wait(("dP",)), Compute("floats", 3),
         Pause(BARRIER), Begin("dQ", shared=True), Begin("dK"), Wait(("dV", "dK")), _FINISH,
     ),
 }  # fmt: skip
@@ -210,15 +210,16 @@ def predict_hopper(
 
     Args:
         layout, level, neighbours, summary: as in :func:`hlip_kernels.attention`. heads, head_dim, dtype: of q, k and v.
-        rates: of the GPU. backward: the backward pass instead of the forward one. fused: in one kernel, without the passes
-            that prepare and convert dQ.
+        rates: of the GPU. backward: the backward pass instead of the forward one. fused: in one kernel where there
+            is one for the head dim, without the passes that prepare and convert dQ.
 
     Raises:
         ValueError: no kernels for this head dim, no such level or pattern.
     """
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"there are no Hopper kernels for head dim {head_dim}")
+    fused &= head_dim in BACKWARD_FUSED
     names = (("attention_backward_fused",) if fused else SPLIT) if backward else ("attention_forward",)
-    if any(head_dim not in KERNELS[name] for name in names):
-        raise ValueError(f"there are no Hopper {'backward' if backward else 'forward'} kernels for head dim {head_dim}")
     plan = Plan.of(layout.pattern(level, neighbours=neighbours, summary=summary))
     first, *rest = (_predict_kernel(name, plan, heads, head_dim, dtype, rates) for name in names)
     return sum(rest, first)

@@ -36,14 +36,14 @@ __all__ = ["DescriptorArgument", "KernelError", "launch", "load_kernels"]
 
 
 class SharedTile:
-    """Rows of a matrix in shared memory, perhaps transposed."""
+    """Rows of a matrix in shared memory, perhaps transposed, or of a vector."""
 
     def __init__(self, stage: Stage, rows: range, transposed: bool, dtype, layout: Layout):
         self.stage, self.rows, self.transposed, self.dtype, self.layout = stage, rows, transposed, dtype, layout
 
     @property
     def shape(self):
-        shape = [len(self.rows), self.stage.data.shape[1]]
+        shape = [len(self.rows), *self.stage.data.shape[1:]]
         return shape[::-1] if self.transposed else shape
 
     @property
@@ -98,14 +98,14 @@ def allocate_shared_memory(dtype, shape, layout):
     if isinstance(layout, values.MBarrierLayout):
         check(dtype is values.int64 and shape[-1] == 1, f"allocates barriers of {dtype} {shape}")
         return SharedMemory(shape, [Barrier(f"{name}[{i}]") for i in range(shape[0])], dtype, layout)
-    check(len(shape) in (2, 3), f"allocates shared memory of {shape}, which is not emulated")
-    rows, columns = shape[-2:]
+    dims = len(layout.order) if isinstance(layout, values.SwizzledSharedLayout) else 2  # of a tile
+    several = len(shape) == dims + 1
+    check(several or len(shape) == dims, f"allocates shared memory of {shape} in tiles of {dims} dimensions")
     parts = []
-    for i in range(shape[0] if len(shape) == 3 else 1):
-        label = f"{name}[{i}]" if len(shape) == 3 else name
-        stage = Stage(label, torch.full((rows, columns), float("nan")).to(dtype.torch))
-        parts.append(SharedTile(stage, range(rows), False, dtype, layout))
-    return SharedMemory(shape, parts, dtype, layout) if len(shape) == 3 else parts[0]
+    for i in range(shape[0] if several else 1):
+        stage = Stage(f"{name}[{i}]" if several else name, torch.full(shape[-dims:], float("nan")).to(dtype.torch))
+        parts.append(SharedTile(stage, range(shape[-dims]), False, dtype, layout))
+    return SharedMemory(shape, parts, dtype, layout) if several else parts[0]
 
 
 def barrier() -> None:
@@ -278,8 +278,8 @@ class _Module(types.ModuleType):
 
 _VALUES = (
     "int1 int32 int64 float16 bfloat16 float32 BlockedLayout SliceLayout NVMMADistributedLayout DotOperandLayout "
-    "NVMMASharedLayout expand_dims convert_layout full zeros zeros_like arange maximum minimum exp2 log2 exp log sqrt rsqrt "
-    "cdiv"
+    "NVMMASharedLayout SwizzledSharedLayout expand_dims convert_layout full zeros zeros_like arange maximum minimum exp2 "
+    "log2 exp log sqrt rsqrt cdiv"
 ).split()
 mbarrier = _Module(
     "mbarrier",

@@ -117,6 +117,20 @@ class NVMMASharedLayout(Layout):
         return NVMMASharedLayout(next(s for s in (128, 64, 32, 0) if width % max(s, 1) == 0), dtype.primitive_bitwidth)
 
 
+@dataclass(frozen=True)
+class SwizzledSharedLayout(Layout):
+    """Of shared memory that threads alone touch."""
+
+    vec: int
+    per_phase: int
+    max_phase: int
+    order: tuple
+
+    def __init__(self, vec, per_phase, max_phase, order):
+        for name, value in zip(self.__dataclass_fields__, (vec, per_phase, max_phase, tuple(order)), strict=True):
+            object.__setattr__(self, name, value)
+
+
 class MBarrierLayout(Layout):
     pass
 

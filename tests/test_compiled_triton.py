@@ -39,7 +39,7 @@ LONG = {"bfloat16": [[[150, 129], [32]], [[7]]], "tfloat32": [[[70, 85]], [[7]]]
 SPLIT, FUSED = ["dq", "dkdv"], ["delta", "fused"]
 TRITON = {"split": ("triton", True, SPLIT), "fast": ("triton", False, FUSED)}
 HOPPER = {"hopper": ("hopper", True, SPLIT), "hopper any order": ("hopper", False, FUSED),
-          "hopper ordered": ("hopper_ordered", True, FUSED)}  # fmt: skip
+          "hopper ordered": ("hopper_ordered", True, FUSED), "hopper 128 any order": ("hopper", False, SPLIT)}  # fmt: skip
 WAYS = TRITON | HOPPER
 
 
@@ -202,7 +202,8 @@ def test_error_on_hopper(kind, head_dim, way):
     ("bfloat16", 64, "hopper any order", {}),
     ("bfloat16", 64, "hopper ordered", {}),
     ("float16", 64, "hopper", {"strides": "mixed", "scale_of_logits": 20.0}),
-    ("float16", 128, "hopper", {}),  # forward alone is Gluon's
+    ("float16", 128, "hopper", {"with_grad_lse": True}),
+    ("bfloat16", 128, "hopper 128 any order", {}),
 ], ids=str)  # fmt: skip
 @compiled
 def test_error_of_the_hopper_backends(kind, head_dim, way, options):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hlip_kernels import attention
 from hlip_kernels.backends import BACKENDS, Query, hopper
 from hlip_kernels.backends.hopper import HopperBackend
-from hlip_kernels.backends.hopper.config import BACKWARD_DQ, FORWARD, HEAD_DIMS, KERNELS
+from hlip_kernels.backends.hopper.config import BACKWARD_FUSED, FORWARD, HEAD_DIMS, KERNELS
 
 DTYPES = (torch.float16, torch.bfloat16)
 # Around the edges of tiles (64 keys, 128 and 192 rows), empty and single.
@@ -83,7 +83,7 @@ def test_forward_on_ragged_layouts(dtype, head_dim, drawn, seed):
 @examples(0.2)
 @given(drawn=layouts(), seed=st.integers(0, 1000))
 def test_backward_on_ragged_layouts(dtype, way, drawn, seed):
-    for head_dim in BACKWARD_DQ:
+    for head_dim in HEAD_DIMS:
         check_backward(Case(**drawn, dtype=dtype, head_dim=head_dim), way, seed=seed)
 
 
@@ -137,7 +137,7 @@ def test_the_gradient_of_lse(way):
 def test_rows_beyond_32_bit_addresses(head_dim):
     case = Case([[[130, 65], [3]]], 1, "scan", head_dim=head_dim)
     check_forward(case, far=True)
-    for way in WAYS if head_dim in BACKWARD_DQ else ():
+    for way in WAYS:
         check_backward(case, way, far=True)
 
 
@@ -201,6 +201,12 @@ def test_emptiness(emulated, poisoned, lengths, num_prefix):
     assert out.isfinite().all() and lse.isfinite().all() and grad.isfinite().all()
     if layout.num_rows == 0:
         assert not emulated.written
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_one_kernel_for_all_gradients_where_there_is_one(head_dim):
+    backend = check_backward(Case([[[65]]], 1, "study", head_dim=head_dim), "ordered")
+    assert ("attention_backward_fused" in backend.written) == (head_dim in BACKWARD_FUSED)
 
 
 def test_a_launch_takes_every_tile_of_every_head_once():

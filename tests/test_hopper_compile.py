@@ -36,19 +36,17 @@ needs_gluon = pytest.mark.skipif(bool(_why_no_gluon()), reason=_why_no_gluon())
 def check(row):
     assert row.products > 0 and row.tma_loads == 2, row
     assert 0 < row.shared_memory <= SHARED_MEMORY, row
-    # Of triton 3.9, one load in the loop over the last rows of a record; in the summer's loop, two addresses.
-    spills = 1 if row.kernel == "attention_backward_fused" else 0
-    assert row.loop_spills <= spills and row.summer_spills <= 2 and row.spill_bytes <= 128, row
+    # Of triton 3.9, one load a step in each consumer. The rest of those 128 bytes is moved once an item.
+    spills = 2 if (row.kernel, row.head_dim) == ("attention_backward_dkdv", 128) else 0
+    assert row.loop_spills <= spills and row.summer_spills == 0 and row.spill_bytes <= 128, row
     assert not row.serialized and not row.unsynchronised, row
-    # In every loop of every consumer all exponentials of a tile: a thread has 32 of its 64 x 64. Those with keys have a second
-    # loop, over rows that are loaded one by one.
+    # In the loop of every consumer all exponentials of a tile: a thread has 32 of its 64 x 64.
     consumers = KERNELS[row.kernel][row.head_dim].consumers
-    loops = 2 if row.kernel in ("attention_backward_dkdv", "attention_backward_fused") else 1
-    assert row.exponentials >= loops * consumers * 32 and row.overlapped == row.exponentials, row
-    first, then, *_, last = row.order.split(", ")
-    assert first.endswith("product") and last == "wait 0", row
+    assert row.exponentials >= consumers * 32 and row.overlapped == row.exponentials, row
+    parts = [part for part in row.order.split(", ") if not part.endswith("spill")]
+    assert parts[0].endswith("product") and parts[-1] == "wait 0", row
     if row.kernel == "attention_forward":  # the next logits begin, then exponentials with no wait before them, then values
-        kinds = [part.split()[-1] for part in row.order.split(", ")[:-1]]
+        kinds = [part.split()[-1] for part in parts[:-1]]
         assert kinds == ["product", "exp2", "product"], row
 
 

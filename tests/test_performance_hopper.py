@@ -88,5 +88,11 @@ def test_registers_add_up():
 
 def test_refusal_names_the_head_dim():
     layout = Layout.from_lengths([100], levels=("segment",))
-    with pytest.raises(ValueError, match="head dim 128"):
-        predict_hopper(layout, "segment", heads=1, head_dim=128, dtype=torch.bfloat16, rates=H200, backward=True)
+    with pytest.raises(ValueError, match="head dim 80"):
+        predict_hopper(layout, "segment", heads=1, head_dim=80, dtype=torch.bfloat16, rates=H200, backward=True)
+
+
+def test_at_head_dim_128_there_is_one_way_back():
+    layout = Layout.from_lengths([12560], levels=("segment",))
+    rest = {"heads": 6, "head_dim": 128, "dtype": torch.bfloat16, "rates": H200, "backward": True}
+    assert predict_hopper(layout, "segment", **rest) == predict_hopper(layout, "segment", **rest, fused=True)

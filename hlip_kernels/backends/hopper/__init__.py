@@ -1,7 +1,6 @@
 """The Hopper backend: Gluon kernels for long segments on sm_90, launched over the tiles of a plan.
 
-Where a head dim has no backward kernels (:mod:`.config` says), the Triton backend runs them. Importing this never imports
-triton.
+Importing this never imports triton.
 """
 
 from __future__ import annotations
@@ -84,8 +83,6 @@ class HopperBackend(Backend):
 
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
         head_dim = q.shape[-1]
-        if head_dim not in BACKWARD_DQ:
-            return self.triton.backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics)
         has_grad_lse = grad_lse is not None
         if not has_grad_lse:
             grad_lse = lse  # never read
@@ -142,7 +139,6 @@ class HopperBackend(Backend):
             )  # fmt: skip
         return dq_sum.to(q.dtype), dk, dv
 
-    triton = triton_backend.TritonBackend()
     prepare = staticmethod(triton_backend.prepare_fused)
 
     def launch(self, name: str, config: Config, items: int, loaded: list[torch.Tensor], *args, **constants) -> None:

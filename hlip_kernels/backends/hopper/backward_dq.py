@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from .ring import (
+    LOG2_E,
     ROWS,
     as_operand,
     await_use,
@@ -22,8 +23,6 @@ from .ring import (
     row_of,
     store_rows,
 )
-
-LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
@@ -122,7 +121,7 @@ def attention_backward_dq(
     row_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     q_smems = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], row_layout)
     do_smems = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], row_layout)
-    rings = make_rings(k_desc, v_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)
+    rings = make_rings(k_desc, v_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, False)
     sources = (k_desc, v_desc, k, v, tiles, records)
     strides = (k_row, k_head, v_row, v_head, heads, num_items)
     tensors = (q, out, grad_out, lse, grad_lse, dq, delta, tiles, records)
@@ -130,13 +129,23 @@ def attention_backward_dq(
         q_row, q_head, out_row, out_head, do_row, do_head, dlse_head, dlse_row, dq_row, dq_head,
         num_rows, heads, num_items, scale, scale_log2,
     )  # fmt: skip
-    gl.static_assert(CONSUMERS == 3)
-    gl.warp_specialize(
-        [
-            (_consume, (tensors, numbers, q_smems, do_smems, rings, 0, STAGES, HAS_GRAD_LSE)),
-            (_consume, (tensors, numbers, q_smems, do_smems, rings, 1, STAGES, HAS_GRAD_LSE)),
-            (_consume, (tensors, numbers, q_smems, do_smems, rings, 2, STAGES, HAS_GRAD_LSE)),
-            (produce, (sources, rings, strides, STAGES, PART)),
-        ],
-        [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (tensors, numbers, q_smems, do_smems, rings, 0, STAGES, HAS_GRAD_LSE)),
+                (_consume, (tensors, numbers, q_smems, do_smems, rings, 1, STAGES, HAS_GRAD_LSE)),
+                (produce, (sources, rings, strides, (), STAGES, PART)),
+            ],
+            [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.static_assert(CONSUMERS == 3)
+        gl.warp_specialize(
+            [
+                (_consume, (tensors, numbers, q_smems, do_smems, rings, 0, STAGES, HAS_GRAD_LSE)),
+                (_consume, (tensors, numbers, q_smems, do_smems, rings, 1, STAGES, HAS_GRAD_LSE)),
+                (_consume, (tensors, numbers, q_smems, do_smems, rings, 2, STAGES, HAS_GRAD_LSE)),
+                (produce, (sources, rings, strides, (), STAGES, PART)),
+            ],
+            [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip

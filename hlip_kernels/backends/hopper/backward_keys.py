@@ -30,18 +30,17 @@ from .ring import (
     load_rows,
     make_bars,
     make_rings,
+    make_statistics,
     produce,
     row_of,
     store_rows,
 )
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-
 
 @gluon.jit
 def _step(
-    dk_ND, dv_ND, k_smem, v_smem, ok_N, lse_base, delta_base, rows_M, ok_M, rings, handed, used, scale_log2,
-    INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, MASK: gl.constexpr,
+    dk_ND, dv_ND, k_smem, v_smem, ok_N, rings, statistics, handed, used, scale_log2,
+    INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
 ):  # fmt: skip
     """What query tile ``used`` adds to dK and dV, and, if there is a summer (``DS_STAGES``), its dS for that.
 
@@ -49,24 +48,22 @@ def _step(
     follows a product that needs what was computed before it, so ptxas can move none of them up.
     """
     q_smem, do_smem, full_q, full_do, empty_q, empty_do = rings
-    if MASK:
-        lse_M = gl.load(lse_base + rows_M, mask=ok_M, other=float("inf"))  # exp2(... - inf) = 0
-        delta_M = gl.load(delta_base + rows_M, mask=ok_M, other=0.0)
-    else:
-        lse_M = gl.load(lse_base + rows_M)
-        delta_M = gl.load(delta_base + rows_M)
+    _, _, _, lse_smem, delta_smem = statistics
     await_use(full_q, used, STAGES)
     logits_NM = begin_product(k_smem, q_smem, used, STAGES)
     await_use(full_do, used, STAGES)
     dp_NM = begin_product(v_smem, do_smem, used, STAGES)
     logits_NM = warpgroup_mma_wait(1, deps=(logits_NM,))
-    p_NM = gl.exp2(logits_NM * scale_log2 - (lse_M * LOG2_E)[None, :])
+    row_layout: gl.constexpr = gl.SliceLayout(0, logits_NM.type.layout)
+    lse_log2_M = lse_smem.index(used % STAGES).load(row_layout)
+    p_NM = gl.exp2(logits_NM * scale_log2 - lse_log2_M[None, :])
     if DS_STAGES > 0:
         # Keys past the end are zeros and so are their logits, but exp2 of -lse may be Inf, and Inf times the zeros of K is NaN.
         p_NM = gl.where(ok_N[:, None], p_NM, 0.0)
     p_operand = as_operand(p_NM, dv_ND, q_smem.dtype)
     dv_ND = warpgroup_mma(p_operand, do_smem.index(used % STAGES), dv_ND, is_async=True)
     dp_NM = warpgroup_mma_wait(1, deps=(dp_NM,))
+    delta_M = delta_smem.index(used % STAGES).load(row_layout)
     ds_NM = (p_NM * (dp_NM - delta_M[None, :])).to(q_smem.dtype)
     if DS_STAGES > 0:
         ds_smem, full_ds, empty_ds = handed
@@ -84,11 +81,12 @@ def _step(
 
 @gluon.jit
 def _consume(
-    tensors, numbers, k_smem, v_smem, rings, handed, INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr
-):
+    tensors, numbers, k_smem, v_smem, rings, statistics, handed,
+    INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
+):  # fmt: skip
     """dK and dV of key rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
-    k, v, lse, delta, dk, dv, tiles, records = tensors
-    k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, num_rows, heads, num_items, scale, scale_log2 = numbers
+    k, v, dk, dv, tiles, records = tensors
+    k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, heads, num_items, scale, scale_log2 = numbers
     q_smem, do_smem, full_q, full_do, empty_q, empty_do = rings
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_D: gl.constexpr = q_smem.shape[2]
@@ -97,14 +95,12 @@ def _consume(
     row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
     n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
     k_smem, v_smem = k_smem.slice(INDEX * ROWS, ROWS), v_smem.slice(INDEX * ROWS, ROWS)
     used = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         head, start, own, met = item_of(tiles, records, item, heads)
         k_patch, k_patches, k_prefix, k_total = own
-        q_patch, q_patches, q_prefix, q_total = met
-        whole = (q_patches // BLOCK_M) * BLOCK_M
+        _, _, _, q_total = met
 
         j = start + INDEX * ROWS + n
         ok_N = j < k_total
@@ -120,20 +116,10 @@ def _consume(
         key_ok_N = gl.convert_layout(ok_N, gl.SliceLayout(1, s_layout))
         dk_ND = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
         dv_ND = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
-        lse_base = lse + head * num_rows
-        delta_base = delta + head * num_rows
-        for at in range(0, whole, BLOCK_M):
+        for _ in range(0, q_total, BLOCK_M):
             dk_ND, dv_ND = _step(
-                dk_ND, dv_ND, k_smem, v_smem, key_ok_N, lse_base, delta_base, q_patch + at + m, m >= 0, rings, handed, used,
-                scale_log2, INDEX, STAGES, DS_STAGES, False,
-            )  # fmt: skip
-            used += 1
-        for at in range(whole, q_total, BLOCK_M):
-            rows_M = row_of(at + m, q_patch, q_patches, q_prefix)
-            dk_ND, dv_ND = _step(
-                dk_ND, dv_ND, k_smem, v_smem, key_ok_N, lse_base, delta_base, rows_M, at + m < q_total, rings, handed, used,
-                scale_log2, INDEX, STAGES, DS_STAGES, True,
-            )  # fmt: skip
+                dk_ND, dv_ND, k_smem, v_smem, key_ok_N, rings, statistics, handed, used, scale_log2, INDEX, STAGES, DS_STAGES
+            )
             used += 1
         dk_values = gl.convert_layout((dk_ND * scale).to(q_smem.dtype), row_layout)
         store_rows(dk + head * dk_head, rows_N, dk_row, d, ok_N, dk_values)
@@ -162,17 +148,18 @@ def attention_backward_dkdv(
     An item is one tile of 128 key rows of one head.
     """
     k_smem, v_smem = _make_own(q_desc.dtype, BLOCK_D, CONSUMERS)
-    rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)
+    rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, True)
+    statistics = make_statistics(lse, delta, num_rows, STAGES, BLOCK_N)
     sources = (q_desc, do_desc, q, grad_out, tiles, records)
     strides = (q_row, q_head, do_row, do_head, heads, num_items)
-    tensors = (k, v, lse, delta, dk, dv, tiles, records)
-    numbers = (k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, num_rows, heads, num_items, scale, scale_log2)
+    tensors = (k, v, dk, dv, tiles, records)
+    numbers = (k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, heads, num_items, scale, scale_log2)
     gl.static_assert(CONSUMERS == 2)
     gl.warp_specialize(
         [
-            (_consume, (tensors, numbers, k_smem, v_smem, rings, (), 0, STAGES, 0)),
-            (_consume, (tensors, numbers, k_smem, v_smem, rings, (), 1, STAGES, 0)),
-            (produce, (sources, rings, strides, STAGES, PART)),
+            (_consume, (tensors, numbers, k_smem, v_smem, rings, statistics, (), 0, STAGES, 0)),
+            (_consume, (tensors, numbers, k_smem, v_smem, rings, statistics, (), 1, STAGES, 0)),
+            (produce, (sources, rings, strides, statistics, STAGES, PART)),
         ],
         [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
@@ -233,22 +220,23 @@ def attention_backward_fused(
     An item is one tile of 128 key rows of one head, ``BLOCK_N`` query rows a tile of the ring.
     """
     k_smem, v_smem = _make_own(q_desc.dtype, BLOCK_D, CONSUMERS)
-    rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)
+    rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, True)
+    statistics = make_statistics(lse, delta, num_rows, STAGES, BLOCK_N)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMERS * ROWS, BLOCK_N], q_desc.dtype)
     ds_smem = gl.allocate_shared_memory(q_desc.dtype, [DS_STAGES, CONSUMERS * ROWS, BLOCK_N], ds_layout)
     handed = (ds_smem, make_bars(DS_STAGES, CONSUMERS), make_bars(DS_STAGES, 1))
     sources = (q_desc, do_desc, q, grad_out, tiles, records)
     strides = (q_row, q_head, do_row, do_head, heads, num_items)
-    tensors = (k, v, lse, delta, dk, dv, tiles, records)
-    numbers = (k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, num_rows, heads, num_items, scale, scale_log2)
+    tensors = (k, v, dk, dv, tiles, records)
+    numbers = (k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, heads, num_items, scale, scale_log2)
     sums = (sum_row, sum_head, num_rows, heads, num_items, scale)
     gl.static_assert(CONSUMERS == 2)
     gl.warp_specialize(
         [
-            (_consume, (tensors, numbers, k_smem, v_smem, rings, handed, 0, STAGES, DS_STAGES)),
-            (_consume, (tensors, numbers, k_smem, v_smem, rings, handed, 1, STAGES, DS_STAGES)),
+            (_consume, (tensors, numbers, k_smem, v_smem, rings, statistics, handed, 0, STAGES, DS_STAGES)),
+            (_consume, (tensors, numbers, k_smem, v_smem, rings, statistics, handed, 1, STAGES, DS_STAGES)),
             (_sum, (dq_sum, turns, tiles, records, sums, k_smem, handed, BLOCK_N, DS_STAGES, ORDERED)),
-            (produce, (sources, rings, strides, STAGES, PART)),
+            (produce, (sources, rings, strides, statistics, STAGES, PART)),
         ],
         [4, 4, 4], [CONSUMER_REGISTERS, SUMMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

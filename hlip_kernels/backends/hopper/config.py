@@ -50,16 +50,19 @@ FORWARD = {
     64: Config(consumers=3, block=64, stages=4, part=16, consumer_registers=160, producer_registers=32),
     128: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=224, producer_registers=56),
 }
-# Head dim 128 has no room for two accumulators and two sets of logits: Triton's kernels are used there.
 BACKWARD_DQ = {
     64: Config(consumers=3, block=64, stages=4, part=16, consumer_registers=152, producer_registers=56),
+    128: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=216, producer_registers=72),
 }
 BACKWARD_DKDV = {
     64: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=224, producer_registers=56),
+    # Two accumulators of 64 x 128 and two sets of logits: with 224 registers the loop spills.
+    128: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=232, producer_registers=40),
 }
+# Beside those accumulators there are no registers for one that adds up dQ.
 BACKWARD_FUSED = {
     64: Config(
-        consumers=2, block=64, stages=3, part=16, consumer_registers=192, producer_registers=32,
+        consumers=2, block=64, stages=3, part=16, consumer_registers=184, producer_registers=48,
         summer_registers=96, summer_stages=2,
     ),
 }  # fmt: skip

@@ -149,7 +149,7 @@ def attention_forward(
     the other: dealt out in turn, that leaves no multiprocessor idle for more than 1 part in 35 on the benchmarks' workloads.
     ``scale_log2`` is positive; ``sign`` is the scale's.
     """
-    rings = make_rings(k_desc, v_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS)
+    rings = make_rings(k_desc, v_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, False)
     sources = (k_desc, v_desc, k, v, tiles, records)
     strides = (k_row, k_head, v_row, v_head, heads, num_items)
     tensors = (q, out, lse, tiles, records)
@@ -159,7 +159,7 @@ def attention_forward(
             [
                 (_consume, (tensors, numbers, rings, 0, STAGES)),
                 (_consume, (tensors, numbers, rings, 1, STAGES)),
-                (produce, (sources, rings, strides, STAGES, PART)),
+                (produce, (sources, rings, strides, (), STAGES, PART)),
             ],
             [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
@@ -170,7 +170,7 @@ def attention_forward(
                 (_consume, (tensors, numbers, rings, 0, STAGES)),
                 (_consume, (tensors, numbers, rings, 1, STAGES)),
                 (_consume, (tensors, numbers, rings, 2, STAGES)),
-                (produce, (sources, rings, strides, STAGES, PART)),
+                (produce, (sources, rings, strides, (), STAGES, PART)),
             ],
             [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
+LOG2_E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)  # rows of a consumer: what one warpgroup product takes
 
 
@@ -70,13 +71,27 @@ def make_bars(STAGES: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def make_rings(a_desc, b_desc, BLOCK: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Two rings of ``STAGES`` tiles with their barriers: filled by one producer, emptied by all consumers."""
+def make_rings(
+    a_desc, b_desc, BLOCK: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    STATISTICS: gl.constexpr,
+):  # fmt: skip
+    """Two rings of ``STAGES`` tiles with their barriers: filled by one producer, emptied by all consumers.
+
+    ``STATISTICS``: a tile of the first is full once its rows' statistics are there too (:func:`make_statistics`).
+    """
     a_smem = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BLOCK, BLOCK_D], a_desc.layout)
     b_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK, BLOCK_D], b_desc.layout)
-    full_a, full_b = make_bars(STAGES, 1), make_bars(STAGES, 1)
+    full_a, full_b = make_bars(STAGES, 2 if STATISTICS else 1), make_bars(STAGES, 1)
     empty_a, empty_b = make_bars(STAGES, CONSUMERS), make_bars(STAGES, CONSUMERS)
     return a_smem, b_smem, full_a, full_b, empty_a, empty_b
+
+
+@gluon.jit
+def make_statistics(lse, delta, num_rows, STAGES: gl.constexpr, BLOCK: gl.constexpr):
+    """Where the two float32 statistics of every row come from, ``(H, R)``, and room for those of a ring's rows."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], layout)
+    return lse, delta, num_rows, lse_smem, gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], layout)
 
 
 @gluon.jit
@@ -140,10 +155,30 @@ def produce_by_address(
 
 
 @gluon.jit
-def produce(sources, rings, numbers, STAGES: gl.constexpr, PART: gl.constexpr):
+def load_statistics(of, head, at, rows_of, BLOCK: gl.constexpr):
+    """Log-sum-exp in base 2 and delta of positions ``at`` and on. Beyond the record zeros, as its rows are: nothing to add."""
+    lse, delta, num_rows, _, _ = of
+    patch, patches, prefix, total = rows_of
+    i = at + gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    rows = head * num_rows + row_of(i, patch, patches, prefix)
+    lse_M = gl.load(lse + rows, mask=i < total, other=0.0)
+    return lse_M * LOG2_E, gl.load(delta + rows, mask=i < total, other=0.0)
+
+
+@gluon.jit
+def produce_statistics(of, lse_M, delta_M, full, i, STAGES: gl.constexpr):
+    """Hands over the statistics of use ``i``, whose tile this program may write."""
+    of[3].index(i % STAGES).store(lse_M)
+    of[4].index(i % STAGES).store(delta_M)
+    complete_use(full, i, STAGES)
+
+
+@gluon.jit
+def produce(sources, rings, numbers, statistics, STAGES: gl.constexpr, PART: gl.constexpr):
     """Tiles of two tensors, ``a`` and ``b``, for every item of this program: the rows that the item's record lists last.
 
-    Forward and dQ go over keys and values, dK and dV over queries and the gradient of the output.
+    Forward and dQ go over keys and values, dK and dV over queries and the gradient of the output; these bring ``statistics``,
+    ``(lse, delta, num_rows, lse_smem, delta_smem)``, which are empty for the others.
     """
     a_desc, b_desc, a, b, tiles, records = sources
     a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
@@ -154,12 +189,19 @@ def produce(sources, rings, numbers, STAGES: gl.constexpr, PART: gl.constexpr):
         head, _, _, met = item_of(tiles, records, item, heads)
         patch, patches, prefix, total = met
         whole = (patches // BLOCK) * BLOCK
+        a_base, b_base = a + head * a_head, b + head * b_head
         for at in range(0, whole, BLOCK):
+            if len(statistics) > 0:  # on their way while the tiles before are waited for
+                lse_M, delta_M = load_statistics(statistics, head, at, met, BLOCK)
             produce_by_tma(a_desc, patch + at, item % heads * a_head, a_smem, full_a, empty_a, made, STAGES)
             produce_by_tma(b_desc, patch + at, item % heads * b_head, b_smem, full_b, empty_b, made, STAGES)
+            if len(statistics) > 0:
+                produce_statistics(statistics, lse_M, delta_M, full_a, made, STAGES)
             made += 1
-        a_base, b_base = a + head * a_head, b + head * b_head
         for at in range(whole, total, BLOCK):
             produce_by_address(a_base, a_row, at, patch, patches, prefix, total, a_smem, full_a, empty_a, made, STAGES, PART)
+            if len(statistics) > 0:
+                lse_M, delta_M = load_statistics(statistics, head, at, met, BLOCK)
+                produce_statistics(statistics, lse_M, delta_M, full_a, made, STAGES)
             produce_by_address(b_base, b_row, at, patch, patches, prefix, total, b_smem, full_b, empty_b, made, STAGES, PART)
             made += 1
