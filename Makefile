@@ -34,8 +34,9 @@ test: $(VENV)/.installed-all
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 bench: $(VENV)/.installed-all
-	$(BIN)/python -m pytest benchmarks --benchmark-json $(VENV)/benchmarks.json
-	$(BIN)/python -m benchmarks.report $(VENV)/benchmarks.json
+	rm -f $(VENV)/rows.csv
+	$(BIN)/python -m pytest benchmarks --rows $(VENV)/rows.csv
+	$(BIN)/python -m benchmarks.report $(VENV)/rows.csv
 
 lint: $(VENV)/.installed-all
 	$(BIN)/python -m pip install --quiet ruff

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from hlip_kernels.timing import host_seconds, timed
 
 
 def device() -> torch.device:
@@ -54,13 +57,14 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
+    """Of the checkout, with a plus sign where files differ from it; what HLIP_COMMIT says where there is no checkout."""
     try:
         root = Path(__file__).resolve().parent
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)
         return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
-        return "-"
+        return os.environ.get("HLIP_COMMIT", "-")
 
 
 @cache
@@ -76,31 +80,44 @@ def ceilings() -> tuple[float, float]:
 
 
 def _best(call: Callable[[], object], repeats: int = 10) -> float:
-    times = []
     for _ in range(3):
         call()
-    for _ in range(repeats):
-        times.append(timed(call))
-    return sorted(times)[len(times) // 2]
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Seconds of one call: device time by events on a GPU, wall time on a CPU."""
-    if device().type == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1e3
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+    host = host_seconds(call, device())
+    return statistics.median(timed(call, device(), host) for _ in range(repeats))
 
 
 @cache
 def _flush_buffer() -> Tensor:
     return torch.empty(2**28, dtype=torch.uint8, device=device())
+
+
+def _flush() -> None:
+    """Leaves nothing of the last call in a GPU's caches. (pytest-benchmark wants None of a setup.)"""
+    _flush_buffer().zero_()
+
+
+class _Measured:
+    """One implementation, warmed up: how long a call takes, and of that the host to queue it."""
+
+    def __init__(self, call: Callable[[], object]):
+        self.call, self.times = call, []
+        call()  # compile, allocate
+        self.seconds = timed(call, device())
+        if self.seconds < SLOW[device().type]:
+            self.seconds = timed(call, device())
+        self.host = host_seconds(call, device()) if self.seconds < SLOW[device().type] else 0.0
+
+    def once(self) -> None:
+        self.times.append(timed(self.call, device(), self.host))
+
+
+SLOW = {"cuda": 0.05, "cpu": 0.5}  # seconds from which on there is nothing left to warm
+ENOUGH = {"cuda": 0.5, "cpu": 1.0}  # seconds of rounds
+
+
+def rounds_of(seconds: float, kind: str) -> int:
+    """How often a call of so many seconds is timed on a GPU (``"cuda"``) or a CPU: 30 times if there is time."""
+    return min(30, max(3 if kind == "cuda" else 5, round(ENOUGH[kind] / max(seconds, 1e-9))))
 
 
 def run(
@@ -112,45 +129,30 @@ def run(
     Args:
         benchmark: pytest-benchmark's fixture. call: takes nothing.
         flops, nbytes: the work of one call, for the floor.
-        rounds: default 30 on a GPU; on a CPU as many as take a second, 5 to 30.
+        rounds: default as :func:`rounds_of` says.
         beside: other implementations by name, to measure in turn with ``call``, round by round. A machine that changes its
             speed between two tests does so for all of them alike. Each gets a row of its own.
         row: labels of the row: workload, level, pass, implementation.
     """
-    beside = beside or {}
-    d = device()
-    cuda = d.type == "cuda"
-    for _ in range(3):  # compile, allocate, warm up
-        begin = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - begin
-        if not cuda and seconds > 0.5:  # nothing left to warm
-            break
-    for other in beside.values():
-        for _ in range(1 if not cuda and seconds > 0.5 else 3):
-            other()
-    if not cuda:
-        rounds = rounds or min(30, max(5, round(1 / seconds)))
+    cuda = device().type == "cuda"
+    main, others = _Measured(call), {name: _Measured(other) for name, other in (beside or {}).items()}
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    device_times: list[float] = []
-    other_times: dict[str, list[float]] = {name: [] for name in beside}
 
     def once():
-        device_times.append(timed(call))
-        for name, other in beside.items():
-            other_times[name].append(timed(other))
+        for measured in (main, *others.values()):
+            measured.once()
 
-    benchmark.pedantic(once, setup=(lambda: _flush_buffer().zero_()) if cuda else None, rounds=rounds or 30)
+    benchmark.pedantic(once, setup=_flush if cuda else None, rounds=rounds or rounds_of(main.seconds, device().type))
     rate, bandwidth = ceilings()
     benchmark.extra_info.update(machine())
     benchmark.extra_info.update(
-        row, dtype=str(dtype()).removeprefix("torch."), flops=flops, bytes=nbytes, seconds=sorted(device_times),
-        beside={name: sorted(times) for name, times in other_times.items()}, matmul_flops=rate, copy_bandwidth=bandwidth,
+        row, dtype=str(dtype()).removeprefix("torch."), flops=flops, bytes=nbytes, seconds=sorted(main.times),
+        beside={name: sorted(other.times) for name, other in others.items()}, matmul_flops=rate, copy_bandwidth=bandwidth,
     )  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def predicted(workload, level: str, implementation: str, *, backward: bool) -> d
 
     Empty for other implementations than ours, and on a device or head dim the model knows nothing of.
     """
-    from hlip_kernels.backends.hopper.config import BACKWARD_DQ
+    from hlip_kernels.backends.hopper.config import HEAD_DIMS
     from hlip_kernels.performance import RATES, predict
     from hlip_kernels.performance_hopper import predict_hopper
     from hlip_kernels.performance_short import predict_short
@@ -170,7 +172,7 @@ def predicted(workload, level: str, implementation: str, *, backward: bool) -> d
         "hlip cuda_halves": partial(predict_short, halves=True),
         "hlip hopper": predict_hopper, "hlip hopper fast": in_one, "hlip hopper_ordered": in_one,
     }.get(implementation)  # fmt: skip
-    if implementation.startswith("hlip hopper") and workload.head_dim not in BACKWARD_DQ:
+    if implementation.startswith("hlip hopper") and workload.head_dim not in HEAD_DIMS:
         return {}
     rates = next((r for name, r in RATES.items() if device().type == "cuda" and name in torch.cuda.get_device_name()), None)
     if rates is None or model is None:

@@ -1,8 +1,8 @@
-"""From pytest-benchmark's JSON to committed rows and Markdown tables.
+"""From measurements to committed rows and Markdown tables.
 
-pytest benchmarks/ --benchmark-json run.json
-python -m benchmarks.report run.json --rows benchmarks/results/cpu.csv     # keep the rows
-python -m benchmarks.report benchmarks/results/cpu.csv --markdown table.md # show them
+pytest benchmarks/ --rows rows.csv                                         # each row as soon as it is measured
+python -m benchmarks.report rows.csv --markdown table.md                   # show them
+python -m benchmarks.report run.json --rows benchmarks/results/cpu.csv     # from pytest-benchmark's own JSON
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import csv
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 COLUMNS = (
@@ -37,19 +38,26 @@ def read(path: Path) -> list[dict]:
     data = json.loads(path.read_text())
     if "benchmarks" not in data:
         raise ValueError(f"{path}: not a pytest-benchmark JSON file")
+    date = data["datetime"][:10]
+    return [row for entry in data["benchmarks"] for row in rows_of(entry["extra_info"], date, entry["stats"]["data"])]
+
+
+def rows_of(info: dict, date: str, seconds: Sequence[float] = ()) -> list[dict]:
+    """The rows of one benchmark: its own and those of what was measured beside it.
+
+    Args:
+        info: what ``benchmarks.measure.run`` noted. seconds: of its calls, if it did not note them.
+    """
     rows = []
-    for entry in data["benchmarks"]:
-        info = entry["extra_info"]
-        measured = {info["implementation"]: info.get("seconds") or entry["stats"]["data"], **info.get("beside", {})}
-        for implementation, seconds in measured.items():
-            seconds = sorted(seconds)
-            row = {column: info.get(column, "") for column in COLUMNS}
-            row |= {
-                "implementation": implementation,
-                "median_s": statistics.median(seconds), "p10_s": _quantile(seconds, 0.1), "p90_s": _quantile(seconds, 0.9),
-                "rounds": len(seconds), "date": data["datetime"][:10],
-            }  # fmt: skip
-            rows.append(row)
+    for implementation, times in {info["implementation"]: info.get("seconds") or seconds, **info.get("beside", {})}.items():
+        times = sorted(times)
+        row = {column: info.get(column, "") for column in COLUMNS}
+        row |= {
+            "implementation": implementation,
+            "median_s": statistics.median(times), "p10_s": _quantile(times, 0.1), "p90_s": _quantile(times, 0.9),
+            "rounds": len(times), "date": date,
+        }  # fmt: skip
+        rows.append(row)
     return rows
 
 
@@ -61,12 +69,13 @@ def _typed(row: dict) -> dict:
     return {k: (float(v) if k in _NUMBERS and v != "" else v) for k, v in row.items()}
 
 
-def write(rows: list[dict], path: Path) -> None:
-    """Rows as CSV, numbers with four digits."""
+def write(rows: list[dict], path: Path, append: bool = False) -> None:
+    """Rows as CSV, numbers with four digits; ``append``: to what is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("a" if append else "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
+        if file.tell() == 0:
+            writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
 

@@ -1,6 +1,6 @@
 """The attention op, forward and backward, against every peer that runs here.
 
-pytest benchmarks/ --benchmark-json run.json && python -m benchmarks.report run.json
+pytest benchmarks/ --rows rows.csv && python -m benchmarks.report rows.csv
 """
 
 import pytest
@@ -20,11 +20,12 @@ def _cases():
                 yield pytest.param(name, level, peer, id=f"{name}-{level}-{peer}")
 
 
+CASES = list(_cases())
 _TRUTH = {}
 
 
 def _inputs(w, level):
-    """q, k, v, an output gradient, and the float64 (CPU: float64 sdpa) truth of output and gradients, made once."""
+    """q, k, v, an output gradient, and the truth of output and gradients by sdpa, float64 on a CPU and float32 on a GPU."""
     key = w.name, level
     if key not in _TRUTH:
         _TRUTH.clear()  # one workload at a time in memory
@@ -46,7 +47,7 @@ def _comparable(w, level, implementation):
     return not (implementation == "published path" and ragged)
 
 
-@pytest.mark.parametrize("name, level, implementation", _cases())
+@pytest.mark.parametrize("name, level, implementation", CASES)
 def test_forward(benchmark, workload, name, level, implementation):
     w = workload(name)
     (q, k, v, _), (truth, *_) = _inputs(w, level)
@@ -65,7 +66,7 @@ def test_forward(benchmark, workload, name, level, implementation):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("name, level, implementation", _cases())
+@pytest.mark.parametrize("name, level, implementation", CASES)
 def test_backward(benchmark, workload, name, level, implementation):
     w = workload(name)
     (q, k, v, g), (_, *truth) = _inputs(w, level)

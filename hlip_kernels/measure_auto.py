@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from .backends import BACKENDS, Query, auto
 from .layout import Layout
 from .ops import attention
 from .pattern import Plan
+from .timing import host_seconds, timed
 
 BANDS = (32, 64, 128, 208, 272, 512, 1024, 2048, 4096, 16384)
 
@@ -40,28 +40,19 @@ def measure_band(length: int, dtype: torch.dtype, head_dim: int, *, rows: int, h
         out = attention(*qkv.unbind(1), layout, "segment", backend=name)
         torch.autograd.grad(out, qkv, grad)
 
-    times: dict[str, list[float]] = {name: [] for name in names}
+    hosts: dict[str, float] = {}
     for name in names:
-        for _ in range(2):  # compile, lay out tiles
-            once(name)
+        try:
+            for _ in range(2):  # compile, lay out tiles
+                once(name)
+            hosts[name] = host_seconds(lambda name=name: once(name), device)
+        except Exception as error:  # one that does not run here is no reason to measure none
+            print(f"{name} at {length} rows left out: {type(error).__name__}: {error}", file=sys.stderr)
+    times: dict[str, list[float]] = {name: [] for name in hosts}
     for _ in range(rounds):
-        for name in names:
-            times[name].append(timed(lambda name=name: once(name), device))
+        for name, host in hosts.items():
+            times[name].append(timed(lambda name=name: once(name), device, host))
     return {name: statistics.median(seconds) for name, seconds in times.items()}
-
-
-def timed(call, device: torch.device) -> float:
-    """Seconds of one call, on a GPU by its own clock."""
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
 
 
 def lines_of(

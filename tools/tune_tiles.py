@@ -32,8 +32,8 @@ import hlip_kernels.backends.triton as backend
 from hlip_kernels import Layout
 from hlip_kernels.backends.base import Numerics
 from hlip_kernels.backends.triton.config import KERNELS, Config
-from hlip_kernels.measure_auto import timed
 from hlip_kernels.pattern import Plan
+from hlip_kernels.timing import host_seconds, timed
 
 TUNED = tuple(name for name in KERNELS if name != "attention_backward_delta")  # that one has no products
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -153,11 +153,12 @@ def time_all(case: Case, runs: list[Config], until: float, rounds: int) -> list[
     times: dict[Config, list[float]] = {config: [] for config in runs}
     for config in runs:
         once(config)
+    host = host_seconds(lambda: once(runs[0]), device)
     for done in range(rounds):
         if done and time.monotonic() > until:
             break
         for config in runs:
-            times[config].append(timed(lambda config=config: once(config), device))
+            times[config].append(timed(lambda config=config: once(config), device, host))
     return sorted(((config, statistics.median(seconds)) for config, seconds in times.items()), key=lambda pair: pair[1])
 
 
