@@ -24,12 +24,16 @@ _OPAQUE = np.frombuffer(b"mbarrier", np.uint8)  # what lies where an mbarrier is
 
 @dataclass
 class _Phases:
-    """An mbarrier: arrivals a phase needs, those and the bytes that the present one still waits for, phases completed."""
+    """An mbarrier: arrivals a phase needs, those and the bytes that the present one still waits for, phases completed.
+
+    What those know that arrived (see block_proxies.py): in the present phase too, and in those completed."""
 
     count: int
     pending: int
     bytes: int = 0
     completed: int = 0
+    gathered: np.ndarray | int = 0
+    told: np.ndarray | int = 0
 
 
 @dataclass
@@ -107,6 +111,8 @@ class BlockHopper:
                     f"more arrivals at the mbarrier at {address - SHARED_BASE} than the {phases.count} it is made for"
                 )
             phases.pending -= count
+            if self.watched:
+                phases.gathered = np.maximum(phases.gathered, self.known_by(np.array([thread])))
             self._turn(phases)
 
     def _turn(self, phases: _Phases) -> None:
@@ -115,6 +121,7 @@ class BlockHopper:
         if phases.pending == 0 and phases.bytes == 0:
             phases.pending = phases.count
             phases.completed += 1
+            phases.told = phases.gathered
             self.wake()
 
     def barrier_wait(self, addresses, parities, register: int, mask, number: int):
@@ -125,6 +132,9 @@ class BlockHopper:
             done[thread] = self._phases(address).completed % 2 != int(parities[thread])
         self.registers[register] = np.where(guard, done, self.registers[register])
         self.wait(guard & ~done)
+        if self.watched:
+            for address in np.unique(addresses[done]).tolist():
+                self.learns(np.flatnonzero(done & (addresses == address)), self._phases(address).told)
         return np.where(done, number + 1, number)
 
     # ------------------------------------------------------------ TMA
@@ -139,6 +149,7 @@ class BlockHopper:
                 raise PtxError("a tile must begin at a multiple of 128 bytes of shared memory")
             self._shared_index(np.array([start, start + data.size - 1]), 1, 1)
             places = wgmma.swizzled(start + np.arange(data.size), found.swizzle) - SHARED_BASE
+            self.seen_by_async(np.array([thread]), places, 1, "a tile is copied over")
             self.shared[places] = 0xFF
             self._phases(int(barriers[thread]))
             self.tiles.append(_Tile(places, data, int(barriers[thread])))
@@ -179,6 +190,7 @@ class BlockHopper:
             return False
         tile = self.tiles.pop(0)
         self.shared[tile.places] = tile.data
+        self.written_by_async(tile.places)
         phases = self._phases(tile.barrier)
         phases.bytes -= tile.data.size
         self._turn(phases)
@@ -243,6 +255,7 @@ class BlockHopper:
         addresses = wgmma.addresses(int(self._same(descriptors)), shape, which, kind, transposed)
         size = 4 if kind == "tf32" else 2
         first = self._shared_index(addresses.reshape(-1), size, 1)
+        self.seen_by_async(product.threads, first, size, "a product reads", product.text)
         view = self._shared_as(UNSIGNED[size])
         product.reads.append((first, view[first].copy()))
         return wgmma.values(view[first].reshape(addresses.shape), kind)

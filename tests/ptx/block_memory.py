@@ -58,6 +58,7 @@ class BlockMemory:
         view = self._shared_as(UNSIGNED[size])
         for i, value in enumerate(values):
             view[first + i] = value[active]
+        self.written(active, first * size, size * len(values))
 
     def _shared_as(self, kind) -> np.ndarray:
         """Shared memory as an array of whole values of a dtype."""
@@ -101,6 +102,7 @@ class BlockMemory:
             before[threads] = old
             if space == "shared":
                 view[index] = new
+                self.written(threads, index * size, size)
             else:
                 self.memory.store(place, size, [new.view(UNSIGNED[size])])
         return before
@@ -138,6 +140,10 @@ class BlockMemory:
             if pending is not None:
                 lands = lands & (copy.groups < self.groups[copy.threads] - pending)
             words[copy.words[lands]] = copy.data[lands]
+            if self.kernel.fences_copies:
+                self.written(copy.threads[lands], copy.words[lands, 0] * 4, copy.data.shape[1] * 4)
+            else:
+                self.written_by_async(4 * copy.words[lands][..., None] + np.arange(4))
             if not lands.all():
                 kept.append(Copy(*(part[~lands] for part in (copy.threads, copy.words, copy.data, copy.groups))))
         self.copies = kept

@@ -77,6 +77,7 @@ class BlockWarps:
         here = self._lanes(guard).any(1)
         first = self._shared_index(rows[here], 16, 1) * 8
         self._shared_as(np.uint16)[first[..., None] + np.arange(8)] = matrices.collect(values, transposed)[here]
+        self.written(matrices.rows_of(np.arange(self.padded), len(values))[here], first * 2, 16)
 
     def multiply_add(self, shape, kinds, a, b, c, guard):
         self.whole_warps(guard)

@@ -18,6 +18,7 @@ import numpy as np
 from . import operations, operations_hopper, operations_memory  # noqa: F401  what instructions do
 from .block_hopper import BlockHopper
 from .block_memory import BlockMemory, Copy
+from .block_proxies import BlockProxies
 from .block_warps import WARP, BlockWarps
 from .instructions import Emitter
 from .memory import Memory
@@ -83,7 +84,7 @@ def warps_apart():
         _apart = False
 
 
-class ThreadBlock(BlockMemory, BlockWarps, BlockHopper):
+class ThreadBlock(BlockMemory, BlockWarps, BlockHopper, BlockProxies):
     """One thread block. What compiled instructions call ``run``."""
 
     def __init__(self, kernel: Kernel, grid, block, index, shared_bytes: int, parameters: bytes, memory: Memory):
@@ -105,6 +106,7 @@ class ThreadBlock(BlockMemory, BlockWarps, BlockHopper):
         self.order: random.Random | None = None  # of warps; None: together
         self.units, self.unit = np.arange(self.padded) // (4 * WARP if kernel.has_warpgroups else WARP), -1
         self.start_hopper()
+        self.start_proxies()
         self.places = _specials(grid, block, index, self.padded)
         empty = {name: np.full(self.padded, 0xDEADBEEFDEADBEEF, np.uint64).astype(kind) for name, kind in
                  (("b16", np.uint16), ("b32", np.uint32), ("b64", np.uint64), ("pred", np.bool_))}  # fmt: skip
@@ -204,6 +206,8 @@ class ThreadBlock(BlockMemory, BlockWarps, BlockHopper):
             raise PtxError(f"threads come to barrier {number} with different counts or results")
         barrier.expected, barrier.destination = expected, destination
         barrier.arrived |= mask
+        if self.watched:
+            barrier.gathered = np.maximum(barrier.gathered, self.known_by(np.flatnonzero(mask)))
         if source is not None:
             barrier.votes = np.where(mask, source, barrier.votes)
         if kind != "arrive":
@@ -221,6 +225,8 @@ class ThreadBlock(BlockMemory, BlockWarps, BlockHopper):
             raise PtxError(f"{arrived} threads at barrier {number} of {needed}")
         if arrived == needed:
             self.state[barrier.waiting] = _RUNNING
+            if self.watched:
+                self.knows(barrier.waiting, barrier.gathered)
             if barrier.kind:
                 votes = barrier.votes[barrier.arrived]
                 result = {"or": votes.any(), "and": votes.all(), "popc": votes.sum()}[barrier.kind]
@@ -300,6 +306,7 @@ class _Barrier:
         self.votes = np.zeros_like(arrived)
         self.expected = self.destination = None
         self.kind = ""  # of the reduction, if it is one
+        self.gathered = 0  # what those who came know: see block_proxies.py
 
 
 def _specials(grid, block, index, padded: int) -> dict[str, np.ndarray]:

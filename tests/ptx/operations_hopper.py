@@ -65,6 +65,15 @@ def _elect(e: Emitter, i: Instruction) -> None:
     e.keep(i.pair, "chosen")
 
 
+@handles("fence.proxy.async")
+def _proxy_fence(e: Emitter, i: Instruction) -> None:
+    where = i.parts[3:]
+    if where not in ((), ("shared", "cta"), ("shared", "cluster"), ("global",)):
+        raise PtxError(f"{i.text}: not known here")
+    if where != ("global",):
+        e.lines.append(f"run.fence_proxies({e.guard})")
+
+
 @handles("setmaxnreg", "wgmma.fence", "cp.async.bulk.commit_group")
 def _nothing(e: Emitter, i: Instruction) -> None:
     """Registers are not counted here, and their writes are in order."""

@@ -109,6 +109,7 @@ def _reduce(e: Emitter, i: Instruction) -> None:
 @handles("bar.warp")
 def _warp_barrier(e: Emitter, i: Instruction) -> None:
     e.lines.append(f"run.whole_warps({e.guard})")
+    e.lines.append(f"run.warps_meet({e.guard})")
 
 
 @handles("ldmatrix")

@@ -115,7 +115,13 @@ class Kernel:
     static_shared: int
     threads: tuple[int, ...]  # at most, from .maxntid or .reqntid; empty: not said
     target: str = ""
+    fences_copies: bool = True  # as it must; false: its compiler is known to leave out fences between cp.async and wgmma
     compiled: dict = field(default_factory=dict)  # what machine.py makes of the blocks
+
+    @functools.cached_property
+    def has_async_proxy(self) -> bool:
+        """Whether some instruction reads or writes shared memory by it."""
+        return self.has_warpgroups or any("bulk" in i.parts for block in self.blocks for i in block.instructions)
 
     @functools.cached_property
     def has_warpgroups(self) -> bool:

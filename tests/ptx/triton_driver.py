@@ -37,6 +37,8 @@ from .memory import Memory
 from .program import parse
 
 SHARED_MEMORY = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448, (10, 0): 232448}  # bytes one block may have
+# Before its pull request 9610, Triton left out the fence between cp.async and wgmma (the loops of the Triton kernels on sm_90).
+FENCES_COPIES = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 8)
 MULTIPROCESSORS = 4  # few, so that kernels with a program for each give each several things to do
 # How struct packs each type of Triton's. Pointers are "*..."; 16-bit floats come as tensors only.
 FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
@@ -106,7 +108,9 @@ class PtxDriver(DriverBase):
     def load_binary(self, name: str, binary: bytes, shared: int, device: int):
         """``(module, function, registers, spills, threads)``. A function is a kernel as the machine knows it. There is no
         module, so nothing to unload, and Triton asks for it anew before every launch."""
-        return None, _read(binary.decode())[name], 0, 0, 1024
+        kernel = _read(binary.decode())[name]
+        kernel.fences_copies = FENCES_COPIES
+        return None, kernel, 0, 0, 1024
 
     def map_python_to_cpp_type(self, ty):
         raise NotImplementedError("no launcher is written in C++ here")
