@@ -1,16 +1,20 @@
 """Other public implementations of the same function, measured in the same process.
 
 Each takes packed q, k, v ``(R, H, D)`` and gives packed out, doing everything it needs on the way: padding, gathering,
-concatenating. What its users could prepare once per batch (index tensors, masks) is prepared outside the measured call.
+concatenating. What its users could prepare once per batch (index tensors, masks) is prepared outside the measured call, and
+rows are moved as someone who knows torch would move them: see :class:`Order`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +26,11 @@ from hlip_kernels.backends.triton import is_fused
 from hlip_kernels.pattern import Plan
 
 from .workloads import Workload
+
+# On a GPU, a forward call of more than this that is mostly padding is not worth the minutes its rounds take.
+MOST_PADDED_FLOPS = 60e12
+# Graphs FlexAttention may compile. It takes two or three for everything; a limit, so that a mistake is an error.
+MOST_FLEX_GRAPHS = 16
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,10 @@ class Peer:
 
 
 def peers(workload: Workload, level: str, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Peer]]:
-    """Name -> a function that prepares the implementation, for those that can run here."""
+    """Name -> a function that prepares the implementation, for those that can run here.
+
+    It skips the test that calls it where the implementation would do little but pad; see :func:`too_much`.
+    """
     made: dict[str, Callable[[], Peer]] = {}
     plan = Plan.of(workload.layout.pattern(level))
     query = Query(device.type, _capability(device), dtype, workload.head_dim, plan.longest, plan.sees_itself)
@@ -49,21 +61,81 @@ def peers(workload: Workload, level: str, device: torch.device, dtype: torch.dty
         made["hlip triton fast"] = lambda: _ours(workload, level, device, "triton", fast=True)
     if "hlip hopper" in made:
         made["hlip hopper fast"] = lambda: _ours(workload, level, device, "hopper", fast=True)
-    made["published path"] = lambda: _published(workload, level, device)
-    made["padded SDPA"] = lambda: _padded(workload, level, device)
+    made["published path"] = _affordable(workload, level, device, lambda: _published(workload, level, device))
+    made["padded SDPA"] = _affordable(workload, level, device, lambda: _padded(workload, level, device, dtype))
     made["FlexAttention"] = lambda: _flex(workload, level, device)
-    if device.type == "cuda":
-        if importlib.util.find_spec("torch.nn.attention.varlen") and dtype != torch.float32:
-            made["torch varlen"] = lambda: _torch_varlen(workload, level, device)
-        if importlib.util.find_spec("flash_attn") and dtype != torch.float32:
-            made["flash-attn varlen"] = lambda: _flash_attn(workload, level, device)
-        if dtype != torch.float32 and _equal_lengths(workload, level):
+    if has_flash(device, dtype):
+        if _installed("torch.nn.attention.varlen"):
+            made["torch varlen"] = lambda: _varlen("torch varlen", workload, level, device, torch_varlen)
+        for name, module in FLASH_ATTN.items():
+            if _installed(module):
+                made[name] = lambda name=name, module=module: _varlen(name, workload, level, device, _flash_attn(module))
+        if _equal_lengths(workload, level) and torch.version.hip is None:
             made["cuDNN SDPA"] = lambda: _cudnn(workload, level, device)
     return made
 
 
 def _capability(device: torch.device):
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else None
+
+
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused kernels of others run here at all: 16 bits, and from sm_80 on."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _installed(module: str) -> bool:
+    """Whether a module can be found; a folder without code of its own (``flash_attn`` beside flash-attn 4) does not count."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # its parent is not there
+        return False
+    return spec is not None and spec.origin is not None
+
+
+# ---------------------------------------------------------------------- how much work
+
+
+def padded_flops(workload: Workload, level: str) -> float:
+    """Forward floating-point operations once every segment is as long as the longest."""
+    lengths = _lengths(workload, level)
+    return dense_flops(len(lengths), int(lengths.max(initial=0)), workload.dim)
+
+
+def dense_flops(segments: int, length: int, dim: int) -> float:
+    """Forward floating-point operations of attention in so many segments of one length, ``dim`` over all heads."""
+    return 4.0 * segments * float(length) ** 2 * dim
+
+
+def too_much(flops: float, work: float, device: torch.device) -> str:
+    """Why one attention call of ``flops``, forward, is left out; empty if it is measured.
+
+    A call whose work is the work itself always is, and so is everything on a CPU, where workloads are small.
+    """
+    if device.type == "cpu" or flops <= MOST_PADDED_FLOPS or flops <= 1.05 * work:
+        return ""
+    most = MOST_PADDED_FLOPS / 1e12
+    return f"padded to {flops / 1e12:.0f} TFLOP a forward call for {work / 1e12:.1f} of work; measured up to {most:.0f}"
+
+
+def _affordable(workload: Workload, level: str, device: torch.device, make: Callable[[], Peer]) -> Callable[[], Peer]:
+    """``make``, or a skip that says how much it would compute."""
+    reason = too_much(padded_flops(workload, level), workload.attention_flops(level), device)
+    return partial(pytest.skip, reason) if reason else make
+
+
+# ---------------------------------------------------------------------- where rows are, and how they get elsewhere
+
+
+def _lengths(workload: Workload, level: str) -> np.ndarray:
+    """Rows of each segment, prefix rows included."""
+    return np.diff(workload.layout.host_offsets(level)) + workload.layout.num_prefix
+
+
+def _equal_lengths(workload: Workload, level: str) -> bool:
+    return len(set(_lengths(workload, level).tolist())) == 1
 
 
 def segment_rows(workload: Workload, level: str) -> list[np.ndarray]:
@@ -76,8 +148,156 @@ def segment_rows(workload: Workload, level: str) -> list[np.ndarray]:
     ]
 
 
-def _equal_lengths(workload: Workload, level: str) -> bool:
-    return len(set(np.diff(workload.layout.host_offsets(level)).tolist())) == 1
+@dataclass(frozen=True)
+class Order:
+    """Another order of the packed rows, with segments side by side, and the ways there and back.
+
+    What torch makes of ``x[index]`` by itself is slow in the backward pass: it adds, after sorting or with atomics, where
+    rows only move. Here they move in both directions: picked by an index on the way there and by its inverse on the way back
+    and, where all segments are equally long, as blocks, without an index.
+
+    Attributes:
+        index: int64: the packed row at each place.
+        place: int64 ``(R,)``: the place of each packed row; anything for dead rows.
+        live: rows that are in a segment, the first ones. rows: ``R``.
+        copies: what the places that no row needs hold: ``""`` if there are none; ``"padding"`` nothing of worth, their
+            gradients are none; ``"repeated"`` other tokens of the segment, as good as any.
+        blocks: where all segments are equally long: how many, patch rows of each, prefix rows of each.
+        lengths: rows of each segment. longest: of the longest.
+    """
+
+    index: Tensor
+    place: Tensor
+    live: int
+    rows: int
+    copies: str
+    blocks: tuple[int, int, int] | None
+    in_order: bool
+    lengths: np.ndarray
+    longest: int
+
+    @classmethod
+    def of(cls, workload: Workload, level: str, device: torch.device, copies: str = "") -> Order:
+        """Segments one after the other, or (``copies``) all made as long as the longest."""
+        rows, P = segment_rows(workload, level), workload.layout.num_prefix
+        lengths = np.array([len(r) for r in rows])
+        longest = int(lengths.max(initial=0))
+        if _equal_lengths(workload, level):
+            copies = ""
+        if copies == "padding":
+            index = np.stack([np.pad(r, (0, longest - len(r))) for r in rows])
+        elif copies == "repeated":
+            index = np.stack([_repeated(r, longest, P) for r in rows])
+        else:
+            index = np.concatenate(rows)
+        own = np.ones(index.shape, dtype=bool)
+        if copies:
+            column, short = np.arange(longest), lengths[:, None]
+            own = column < short if copies == "padding" else (column < short - P) | (column >= longest - P)
+        place = np.zeros(workload.layout.num_rows, dtype=np.int64)
+        place[index[own]] = np.flatnonzero(own)
+        index, in_order = index.ravel(), bool((index.ravel() == np.arange(index.size)).all())
+        blocks = (len(rows), longest - P, P) if _equal_lengths(workload, level) else None
+        tables = (torch.from_numpy(t).to(device) for t in (index, place))
+        return cls(*tables, int(lengths.sum()), len(place), copies, blocks, in_order, lengths, longest)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Packed rows ``(R, ...)`` -> rows in this order."""
+        if self.in_order:
+            return x if self.live == self.rows else x[: self.live]
+        return _Gather.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.take(x)
+
+    def scatter(self, y: Tensor) -> Tensor:
+        """The opposite of :meth:`gather`, copies dropped, dead rows 0."""
+        if self.in_order:
+            return y if self.live == self.rows else torch.cat([y, y.new_zeros((self.rows - self.live, *y.shape[1:]))])
+        return _Scatter.apply(y, self) if torch.is_grad_enabled() and y.requires_grad else self.put(y)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Packed rows ``(R, H, D)`` -> ``(segments, H, longest, D)``."""
+        return self.gather(x).unflatten(0, (len(self.lengths), self.longest)).transpose(1, 2)
+
+    def packed(self, y: Tensor) -> Tensor:
+        """The opposite of :meth:`dense`."""
+        return self.scatter(y.transpose(1, 2).flatten(0, 1))
+
+    def offsets(self) -> Tensor:
+        """``cu_seqlens`` on the device of the index, int32."""
+        return torch.from_numpy(np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)).to(self.index.device)
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """To add to the scores of :meth:`dense` rows; ``None`` if all are equally long.
+
+        Its rows are whole multiples of 16 elements apart, or SDPA would copy it at every call.
+        """
+        if not self.copies:
+            return None
+        beyond = np.arange(-(-self.longest // 16) * 16) >= self.lengths[:, None]
+        added = torch.from_numpy(np.where(beyond, -np.inf, 0.0)).to(self.index.device, dtype)
+        return added[:, None, None, : self.longest]
+
+    def take(self, x: Tensor) -> Tensor:
+        """:meth:`gather` without gradients."""
+        if self.blocks is None:
+            return _pick(x, self.index)
+        n, patches, prefix = self.blocks
+        parts = x[: n * patches].unflatten(0, (n, patches)), x[n * patches : self.live].unflatten(0, (n, prefix))
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def put(self, y: Tensor) -> Tensor:
+        """:meth:`scatter` without gradients."""
+        if self.blocks is None:
+            out = _pick(y, self.place)
+        else:
+            n, patches, prefix = self.blocks
+            out, both = y.new_empty((self.rows, *y.shape[1:])), y.unflatten(0, (n, patches + prefix))
+            out[: n * patches].unflatten(0, (n, patches)).copy_(both[:, :patches])
+            out[n * patches : self.live].unflatten(0, (n, prefix)).copy_(both[:, patches:])
+        out[self.live :] = 0
+        return out
+
+    def take_gradients(self, g: Tensor) -> Tensor:
+        """:meth:`take`, but nothing for padding."""
+        if self.copies != "padding":
+            return self.take(g)
+        return g.new_zeros((len(self.index), *g.shape[1:])).index_copy_(0, self.place[: self.live], g[: self.live])
+
+
+def _repeated(rows: np.ndarray, longest: int, prefix: int) -> np.ndarray:
+    """A segment made ``longest`` by repeating its patch rows, prefix rows last; row 0 where there is nothing to repeat."""
+    patches = rows[: len(rows) - prefix] if len(rows) > prefix else np.zeros(1, dtype=np.int64)
+    return np.concatenate([np.resize(patches, longest - prefix), rows[len(rows) - prefix :]])
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``x``. On a GPU ``x[index]`` copies 16 bytes at a time, ``index_select`` single elements; on a CPU the latter
+    is the faster."""
+    return x[index] if x.is_cuda else x.index_select(0, index)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.order = order
+        return order.take(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.order.put(g), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, order):
+        ctx.order = order
+        return order.put(y)
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.order.take_gradients(g), None
+
+
+# ---------------------------------------------------------------------- the implementations
 
 
 def _ours(workload: Workload, level: str, device: torch.device, backend: str, fast: bool = False) -> Peer:
@@ -91,125 +311,155 @@ def _ours(workload: Workload, level: str, device: torch.device, backend: str, fa
 
 
 def _published(workload: Workload, level: str, device: torch.device) -> Peer:
-    """The published data path: rectangular batches only, so ragged ones are repeated or cut to the longest segment.
+    """The published data path: rectangular batches only, so shorter segments are made as long as the longest.
 
-    Patches are partitioned and concatenated with their prefix tokens for every layer, as the public code does; segments
-    shorter than the longest are filled by repeating their own tokens, which costs what repeating scans costs there. On
-    ragged batches the result therefore differs from the others and is not compared.
+    They are filled with their own tokens, which costs what repeating scans costs there. These copies are tokens like any
+    other: gradients reach them, and theirs end there. On ragged batches the result therefore differs from the others and is
+    not compared.
+
+    The public code keeps prefix tokens beside their patches and concatenates only where the level changes. Here rows come
+    packed, so q, k and v are joined at each call; ``test_model.py`` measures the encoder as it is published.
     """
-    rows = segment_rows(workload, level)
-    longest, P = max(map(len, rows)), workload.layout.num_prefix
-    patches = np.stack([np.resize(r[: len(r) - P], longest - P) if len(r) > P else np.zeros(longest - P, int) for r in rows])
-    prefix = np.stack([r[len(r) - P :] for r in rows])
-    n = len(rows)
-    patch_index, prefix_index = _selection(patches.ravel(), device), _selection(prefix.ravel(), device)
-    own = _selection(np.concatenate([s * (longest - P) + np.arange(len(r) - P) for s, r in enumerate(rows)]), device)
+    order = Order.of(workload, level, device, "repeated")
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = []
-        for t in (q, k, v):
-            both = torch.cat([t[patch_index].unflatten(0, (n, longest - P)), t[prefix_index].unflatten(0, (n, P))], dim=1)
-            parts.append(both.transpose(1, 2))
-        out = F.scaled_dot_product_attention(*parts).transpose(1, 2)
-        body, tail = out[:, : longest - P].flatten(0, 1)[own], out[:, longest - P :].flatten(0, 1)
-        dead = q.shape[0] - len(body) - len(tail)
-        return torch.cat([body, tail, tail.new_zeros((dead, *tail.shape[1:]))])
+        return order.packed(F.scaled_dot_product_attention(*(order.dense(t) for t in (q, k, v))))
 
     return Peer("published path", run)
 
 
-def _selection(rows: np.ndarray, device: torch.device) -> Tensor | slice:
-    """What to index with to get these rows: a slice, hence a view, if they follow one another."""
-    if len(rows) and (np.diff(rows) == 1).all():
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return torch.from_numpy(rows).to(device)
-
-
-def _padded(workload: Workload, level: str, device: torch.device) -> Peer:
+def _padded(workload: Workload, level: str, device: torch.device, dtype: torch.dtype) -> Peer:
     """SDPA over segments padded to the longest, with a key mask; no mask when all are equally long."""
-    rows = segment_rows(workload, level)
-    longest = max(map(len, rows))
-    index = torch.from_numpy(np.stack([np.pad(r, (0, longest - len(r))) for r in rows])).to(device)
-    lengths = torch.tensor([len(r) for r in rows], device=device)
-    mask = (torch.arange(longest, device=device) < lengths[:, None])[:, None, None, :]
-    mask = None if _equal_lengths(workload, level) else mask
-    back = torch.from_numpy(np.concatenate([s * longest + np.arange(len(r)) for s, r in enumerate(rows)])).to(device)
-    where = torch.from_numpy(np.concatenate(rows)).to(device)
+    order = Order.of(workload, level, device, "padding")
+    mask = order.mask(dtype)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = [t[index].transpose(1, 2) for t in (q, k, v)]
-        out = F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).flatten(0, 1)
-        return torch.zeros_like(q).index_copy(0, where, out[back])
+        return order.packed(F.scaled_dot_product_attention(*(order.dense(t) for t in (q, k, v)), attn_mask=mask))
 
     return Peer("padded SDPA", run)
 
 
 def _flex(workload: Workload, level: str, device: torch.device) -> Peer:
-    """FlexAttention over the packed rows themselves, with a document mask (compiled)."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    """FlexAttention over the packed rows themselves, with a document mask (compiled).
 
-    document = torch.full((workload.layout.num_rows,), -1, dtype=torch.int32)
-    for s, r in enumerate(segment_rows(workload, level)):
-        document[torch.from_numpy(r)] = s
-    document = document.to(device)
-
-    def same(b, h, i, j):
-        return (document[i] == document[j]) & (document[i] >= 0)
-
-    size = workload.layout.num_rows
-    block_mask = create_block_mask(same, None, None, size, size, device=device.type)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    Gathering rows first would leave out 0 to 40% of the blocks, most where segments are short; at full size, moving q, k, v
+    and out then takes about twice the time that those blocks do.
+    """
+    block_mask, compiled = flex_mask(workload, level, device), _compiled_flex()
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        return compiled(q, k, v, block_mask=block_mask)[0].transpose(0, 1)
+        # Without gradients, no graph that keeps what a backward pass needs.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and q.requires_grad):
+            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+            return compiled(q, k, v, block_mask=block_mask)[0].transpose(0, 1)
 
     return Peer("FlexAttention", run, backward=device.type == "cuda")
 
 
-def _gathered(workload: Workload, level: str, device: torch.device, varlen: Callable) -> Callable:
+@cache
+def _compiled_flex() -> Callable:
+    """One compiled function for all cases.
+
+    Dynamo counts graphs per function, whatever ``torch.compile`` object they come from, and after 8 it calls the unfused
+    function, which makes all scores, without an error. With static shapes every case is a graph. So shapes are dynamic from
+    the first call on, and all cases share a graph (letting torch find out which change fails to compile in C++: torch 2.14),
+    and with ``fullgraph`` too many graphs are an error.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_FLEX_GRAPHS)
+    # Or a compiled backward pass refuses retain_graph=True, which measuring it again and again needs.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(flex_attention, fullgraph=True, dynamic=True)
+
+
+def flex_mask(workload: Workload, level: str, device: torch.device, size: int = 128):
+    """The block mask that ``create_block_mask`` finds by making all ``R * R`` entries, from the offsets."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    layout, offsets = workload.layout, workload.layout.host_offsets(level)
+    rows, tail, P = layout.num_rows, layout.num_tokens, layout.num_prefix
+    document = np.full(-(-rows // size) * size, -1, dtype=np.int32)
+    document[:tail] = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    document[tail : layout.prefix_rows(level).stop] = np.repeat(np.arange(len(offsets) - 1), P)
+
+    meet = np.zeros((len(document) // size,) * 2, dtype=bool)
+    for s, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        runs = (start, stop), (tail + s * P, tail + (s + 1) * P)
+        blocks = [slice(first // size, (last - 1) // size + 1) for first, last in runs if first < last]
+        for a in blocks:
+            for b in blocks:
+                meet[a, b] = True
+    of_block = document.reshape(-1, size)
+    owner = np.where((of_block == of_block[:, :1]).all(1), of_block[:, 0], -1)  # the segment that has the block to itself
+    full = (owner[:, None] == owner) & (owner >= 0)
+
+    def lists(blocks: np.ndarray) -> tuple[Tensor, Tensor]:
+        """How many there are in each row, and which, the others after them."""
+        counts, order = blocks.sum(1, dtype=np.int32), np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
+        return tuple(torch.from_numpy(t)[None, None].to(device) for t in (counts, order))
+
+    of_row = torch.from_numpy(document[:rows]).to(device)
+
+    def same(b, h, i, j):
+        return (of_row[i] == of_row[j]) & (of_row[i] >= 0)
+
+    return BlockMask.from_kv_blocks(
+        *lists(meet & ~full), *lists(full), BLOCK_SIZE=size, mask_mod=same, seq_lengths=(rows, rows)
+    )  # fmt: skip
+
+
+def _varlen(name: str, workload: Workload, level: str, device: torch.device, attend: Callable) -> Peer:
     """Rows gathered into one run per segment (prefix rows beside their patches), attended, scattered back."""
-    rows = segment_rows(workload, level)
-    order = torch.from_numpy(np.concatenate(rows)).to(device)
-    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int32)).to(device)
-    longest = max(map(len, rows))
-    needs_order = workload.layout.num_prefix > 0
+    order = Order.of(workload, level, device)
+    offsets = order.offsets()
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not needs_order:
-            return varlen(q, k, v, offsets, longest)
-        out = varlen(q[order], k[order], v[order], offsets, longest)
-        return torch.zeros_like(q).index_copy(0, order, out)
+        return order.scatter(attend(*(order.gather(t) for t in (q, k, v)), offsets, order.longest))
 
-    return run
+    return Peer(name, run)
 
 
-def _torch_varlen(workload: Workload, level: str, device: torch.device) -> Peer:
+def torch_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """torch's own varlen attention: cuDNN or flash attention, as torch sees fit."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return Peer("torch varlen", _gathered(workload, level, device, lambda q, k, v, o, n: varlen_attn(q, k, v, o, o, n, n)))
+    return varlen_attn(q, k, v, offsets, offsets, longest, longest)
 
 
-def _flash_attn(workload: Workload, level: str, device: torch.device) -> Peer:
-    from flash_attn import flash_attn_varlen_func
+# The packages called flash-attn, by the module that has ``flash_attn_varlen_func``.
+FLASH_ATTN = {
+    "flash-attn varlen": "flash_attn",
+    "flash-attn 3 varlen": "flash_attn_interface",
+    "flash-attn 4 varlen": "flash_attn.cute",
+}
 
-    return Peer(
-        "flash-attn varlen",
-        _gathered(workload, level, device, lambda q, k, v, o, n: flash_attn_varlen_func(q, k, v, o, o, n, n)),
-    )
+
+def _flash_attn(module: str) -> Callable:
+    """``flash_attn_varlen_func`` of a package, called by the names of its arguments; some give the lse too."""
+    function = importlib.import_module(module).flash_attn_varlen_func
+    known = inspect.signature(function).parameters
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        out = function(q, k, v, **{name: value for name, value in (
+            ("cu_seqlens_q", offsets), ("cu_seqlens_k", offsets), ("max_seqlen_q", longest), ("max_seqlen_k", longest),
+        ) if name in known})  # fmt: skip
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
 
 
 def _cudnn(workload: Workload, level: str, device: torch.device) -> Peer:
-    """cuDNN through SDPA, on batches of equally long segments, gathered first."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    """cuDNN's attention, on batches of equally long segments, joined first.
 
-    rows = np.stack(segment_rows(workload, level))
-    index = torch.from_numpy(rows).to(device)
-    where = index.flatten()
+    Called directly: the context that makes SDPA choose it would be part of the time. Rows joined segment by segment, heads
+    inside, are one of the layouts it takes without a copy.
+    """
+    order = Order.of(workload, level, device)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = F.scaled_dot_product_attention(*(t[index].transpose(1, 2) for t in (q, k, v)))
-        return torch.zeros_like(q).index_copy(0, where, out.transpose(1, 2).flatten(0, 1))
+        lse = torch.is_grad_enabled() and q.requires_grad
+        out, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*(order.dense(t) for t in (q, k, v)), None, lse)
+        return order.packed(out)
 
     return Peer("cuDNN SDPA", run)
