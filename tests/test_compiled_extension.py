@@ -4,12 +4,15 @@ tests/ptx has what executes it. The same kernels' source runs in tests/test_shor
 more layouts, but there csrc/device/cuda.cuh, and what nvcc makes of the rest, are not seen.
 """
 
+import contextlib
+
 import pytest
 import test_short_attention as short
 import test_whole_backward as whole
 import torch
 from attention_truth import RAGGED, make, naive_attention, naive_mask, relative, sdpa_by_segment
 from emulated_attention import plan_of
+from ptx.block_memory import BlockMemory
 from ptx.extension import STREAM, WRITTEN, CompiledCudaBackend, extension
 from ptx.extension_build import readable
 from ptx.program import PtxError
@@ -309,6 +312,24 @@ def test_memory_that_is_not_to_be_written(compiled, monkeypatch):
         switch()
 
 
+@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
+def test_copies_of_nothing_name_memory_of_their_own(compiled, monkeypatch, halves):
+    """The hardware looks at no address it need not read; compute-sanitizer might. Rows of zeros follow the last one here."""
+    copy, seen = BlockMemory.copy_async, []
+
+    def checked(self, to, source, size, count, guard):
+        active = self._active(guard)
+        seen.append(int((count[active] == 0).sum()))
+        self.memory.check(source[active], size, write=False)
+        copy(self, to, source, size, count, guard)
+
+    monkeypatch.setattr(BlockMemory, "copy_async", checked)
+    for lengths, num_prefix in (([70], 0), ([3, 69], 1)):
+        plan = plan_of(lengths, num_prefix)
+        short.both(CompiledCudaBackend(halves), *tensors(plan.num_rows, torch.float16, 32), plan)
+    assert sum(seen) and sum("whole" in launch.what for launch in compiled.launches) == (0 if halves else 2)
+
+
 @pytest.mark.parametrize("kernel", ["forward", "backward", "whole_backward"])
 def test_too_much_shared_memory(compiled, kernel):
     """On a card with 99 KB a block. The error names kernel and configuration, and the next launch knows nothing of it."""
@@ -333,6 +354,22 @@ def test_too_much_shared_memory(compiled, kernel):
     )
     assert not compiled.launches
     a_mean(compiled)
+
+
+def test_no_launch_takes_shared_memory_from_another(compiled, monkeypatch):
+    """What a kernel may have is one for all threads, and another may launch it with more just after: it is never lowered."""
+    monkeypatch.setattr(compiled, "execute", lambda *given, **named: None)
+    backend = CompiledCudaBackend(capability=(9, 0))
+    sizes = []
+    with compiled.in_use(capability=(9, 0)):
+        monkeypatch.setattr(compiled, "in_use", lambda *given: contextlib.nullcontext())  # else all that is forgotten
+        for rows in (250, 70, 2, 250):
+            short.both(backend, *tensors(rows, torch.float16, 64), plan_of([rows]))
+            sizes.append([launch.shared for launch in compiled.launches])
+            compiled.launches.clear()
+    forward, backward = zip(*sizes, strict=True)
+    assert forward[0] > 48 << 10 > forward[1] > forward[2] and backward[0] > backward[1] > backward[2]
+    assert not compiled.lowered()
 
 
 def test_a_launch_that_fails(compiled, monkeypatch):

@@ -19,11 +19,21 @@ namespace {
                            " bytes of shared memory)");
 }
 
-// Multiprocessors of the current device.
-cudaError_t multiprocessors(int& count) {
+cudaError_t attribute(cudaDeviceAttr name, int& value) {
   int device = 0;
   const cudaError_t status = cudaGetDevice(&device);
-  return status == cudaSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : status;
+  return status == cudaSuccess ? cudaDeviceGetAttribute(&value, name, device) : status;
+}
+
+// Lets launches of a kernel have `bytes` of dynamic shared memory; beyond 48 KB that must be asked for. It asks for all that the card
+// gives a block (none of these kernels has static shared memory): the limit is one for all threads of the process, and another's
+// launch may come between this and the launch that it is for, so nobody may lower it.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel kernel, int64_t bytes) {
+  int most = 0;
+  const cudaError_t status = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, most);
+  if (status != cudaSuccess) return status;
+  return bytes <= most ? cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) : cudaErrorInvalidValue;
 }
 
 template <typename Arguments, typename Choose>
@@ -32,12 +42,11 @@ void run_on(const char* what, Target target, Type type, const Arguments& a, cons
   if (extent.packs * a.heads == 0) return;
   if (extent.packs * a.heads > 0x7fffffff) fail(what, "too many blocks for one launch", extent, a.heads, 0, 0);
   const auto run = [&](auto kernel, const auto& arguments, const Launch& launch) {
-    // More than 48 KB must be asked for; the answer says if the card has that much.
-    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.bytes));
+    cudaError_t status = allow_shared(kernel, launch.bytes);
     int64_t blocks = launch.items;
     if (status == cudaSuccess && launch.resident > 0) {
       int count = 0;
-      status = multiprocessors(count);
+      status = attribute(cudaDevAttrMultiProcessorCount, count);
       blocks = std::min<int64_t>(blocks, int64_t{count} * launch.resident);
     }
     if (status == cudaSuccess) {

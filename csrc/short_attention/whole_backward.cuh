@@ -77,7 +77,8 @@ HLIP_DEVICE void start_segment(Shared tile, const View& x, Shared segment, int f
   Shared to = tile + place<D>(i, thread % kChunks);
 #pragma unroll 1
   for (; i < last; i += rows, from += rows * x.row, to += rows * 2 * D) {
-    copy_async_16(to, i < s.patches ? from : from + hop, i < s.rows);
+    const bool live = i < s.rows;  // else the row may lie beyond the tensor, and its address is not given
+    copy_async_16(to, live ? (i < s.patches ? from : from + hop) : x.at, live);
   }
 }
 

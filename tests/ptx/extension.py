@@ -103,6 +103,10 @@ class Extension:
         self.launches.clear()
         self.seed = 0
 
+    def lowered(self) -> int:
+        """How often, since in_use() was entered, a kernel was allowed less shared memory than before."""
+        return self._library.hlip_runtime_lowered()
+
     def kernel(self, name: str) -> Kernel:
         """An entry of the library, or what replaces it."""
         if name in self.replaced:

@@ -45,6 +45,7 @@ struct State {
   Launch launch = nullptr;
   int multiprocessors = 0;
   size_t shared = 0;  // bytes that a block may have
+  int lowered = 0;    // how often a kernel was allowed less dynamic shared memory than before
 };
 
 State& state() {
@@ -87,8 +88,12 @@ HLIP_EXPORT void hlip_runtime_start(Launch launch, int multiprocessors, size_t s
   state().launch = launch;
   state().multiprocessors = multiprocessors;
   state().shared = shared;
+  state().lowered = 0;
   for (auto& kernel : state().kernels) kernel.second->dynamic_shared = kUnasked;
 }
+
+// How often since then a kernel was allowed less than before, where another thread may be about to launch it with more.
+HLIP_EXPORT int hlip_runtime_lowered() { return state().lowered; }
 
 // Forgets the last error.
 HLIP_EXPORT void hlip_runtime_forget() { last_error = cudaSuccess; }
@@ -154,6 +159,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (kernel == nullptr) return told(cudaErrorInvalidDeviceFunction);
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return told(cudaErrorNotSupported);
   if (value < 0 || static_cast<size_t>(value) > state().shared) return told(cudaErrorInvalidValue);
+  state().lowered += static_cast<size_t>(value) < kernel->dynamic_shared;
   kernel->dynamic_shared = value;
   return cudaSuccess;
 }
