@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .kept import keep, to_device
 from .pattern import K_PATCHES, K_PREFIXES, Q_PATCHES, Q_PREFIXES, Plan
 
 TILE = 16  # rows of a warp; kShort* in csrc/short_attention/arguments.h count in these
@@ -46,12 +47,12 @@ def packs_of(plan: Plan, device: torch.device, pack_rows: int = PACK_ROWS) -> Pa
     Args:
         plan: one that ``sees_itself``. device: to put the tables on. pack_rows: the most rows of a shared pack.
     """
-    key = ("packs", device, pack_rows)
-    if key not in plan.kept:
+
+    def make() -> Packs:
         packs, starts, *extent = _pack(plan.forward, pack_rows)
-        tables = (torch.from_numpy(t).to(device, non_blocking=True) for t in (packs, starts, plan.forward.astype(np.int32)))
-        plan.kept[key] = Packs(*tables, *extent)
-    return plan.kept[key]
+        return Packs(*(to_device(t, device) for t in (packs, starts, plan.forward.astype(np.int32))), *extent)
+
+    return keep(plan.kept, ("packs", device, pack_rows), device, make)
 
 
 def _pack(records: np.ndarray, pack_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from .compiling import any_length
+from .kept import keep, to_device
 
 if TYPE_CHECKING:
     from .layout import Layout
@@ -155,25 +156,22 @@ class Plan:
             both on ``device``. A tile is real work: there are none for empty segments.
         """
         transposed = transposed and not self.symmetric
-        key = (block, device, transposed)
-        if key not in self._tiles:
-            records = self.transposed if transposed else self.forward
-            lengths = records[:, Q_PATCHES] + records[:, Q_PREFIXES]
-            counts = -(-lengths // block)
-            of_record = np.repeat(np.arange(len(records)), counts)
-            start = (np.arange(len(of_record)) - np.repeat(np.cumsum(counts) - counts, counts)) * block
-            work = (records[:, K_PATCHES] + records[:, K_PREFIXES])[of_record]
-            order = np.argsort(-work, kind="stable")
-            tiles = np.stack([of_record, start], axis=1)[order].astype(np.int32)
-            self._tiles[key] = _to_device(tiles, device), self._records_on(device, transposed)
-        return self._tiles[key]
+        made = keep(self._tiles, (block, device, transposed), device, lambda: self._make_tiles(block, device, transposed))
+        return made, self._records_on(device, transposed)
+
+    def _make_tiles(self, block: int, device: torch.device, transposed: bool) -> torch.Tensor:
+        records = self.transposed if transposed else self.forward
+        lengths = records[:, Q_PATCHES] + records[:, Q_PREFIXES]
+        counts = -(-lengths // block)
+        of_record = np.repeat(np.arange(len(records)), counts)
+        start = (np.arange(len(of_record)) - np.repeat(np.cumsum(counts) - counts, counts)) * block
+        work = (records[:, K_PATCHES] + records[:, K_PREFIXES])[of_record]
+        order = np.argsort(-work, kind="stable")
+        return to_device(np.stack([of_record, start], axis=1)[order].astype(np.int32), device)
 
     def _records_on(self, device: torch.device, transposed: bool) -> torch.Tensor:
-        key = ("records", device, transposed)
-        if key not in self._tiles:
-            records = self.transposed if transposed else self.forward
-            self._tiles[key] = _to_device(records.astype(np.int32), device)
-        return self._tiles[key]
+        records = self.transposed if transposed else self.forward
+        return keep(self._tiles, ("records", device, transposed), device, lambda: to_device(records.astype(np.int32), device))
 
     def dense_mask(self) -> torch.Tensor:
         """Boolean ``(R, R)`` on the CPU: row ``i`` may attend to row ``j``."""
@@ -183,10 +181,6 @@ class Plan:
                 for k, nk in ((r[4], r[5]), (r[6], r[7])):
                     mask[q : q + nq, k : k + nk] = True
         return mask
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
 def _check_table(table: torch.Tensor) -> None:

@@ -1,6 +1,8 @@
 """Runs the Triton kernels in triton's interpreter where there is no GPU, and makes memory that nobody writes visible."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -39,3 +41,24 @@ def poisoned():
     yield
     torch.use_deterministic_algorithms(before)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def needs_memory():
+    """For tests that fill most of a GPU: ``needs_memory(bytes)`` skips where less is free.
+
+    They run one at a time, whatever processes pytest-xdist deals them to: each waits for the one before, which gives its memory
+    back.
+    """
+    import fcntl  # not on Windows, where there are no such tests
+
+    def check(nbytes):
+        free, total = torch.cuda.mem_get_info()
+        if free < nbytes:
+            pytest.skip(f"needs {nbytes / 2**30:.0f} GiB, of {total / 2**30:.0f} GiB {free / 2**30:.0f} are free")
+
+    with open(Path(tempfile.gettempdir(), f"hlip-gpu-memory-{os.getuid()}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        yield check
+        torch.cuda.empty_cache()

@@ -343,6 +343,27 @@ def test_strided_gradients_come_back_right(backend, dtype):
     assert torch.equal(from_sum, from_ones)
 
 
+def test_more_programs_than_triton_can_launch_are_refused():
+    """Its launcher would multiply them as an int, and launch nothing."""
+    tiles = torch.empty((2**28, 2), dtype=torch.int32, device="meta")
+    config, launched = triton_backend.config_for("attention_forward", torch.float16, 64, "hopper"), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return lambda *given, **constants: None
+
+    def launch(heads):
+        triton_backend._launch(Kernel(), config, tiles, heads, 64, False, torch.device("cpu"))
+
+    launch(7)
+    with pytest.raises(ValueError, match=r"268435456 blocks of rows times 8 heads .* split the batch"):
+        launch(8)
+    with pytest.raises(ValueError, match="split the batch"):
+        launch(16)  # 2^32: 0 as an int
+    assert launched == [(2**28, 7)]
+
+
 @needs_interpreter
 def test_launches_one_forward_two_backward_and_none_for_nothing(monkeypatch):
     from hlip_kernels.backends.triton import kernels

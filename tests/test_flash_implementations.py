@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hlip_kernels import info
 from hlip_kernels.backends import Query
 from hlip_kernels.backends.base import Numerics
+from hlip_kernels.backends.determinism import deterministic_algorithms
 from hlip_kernels.backends.flash import FlashBackend
 from hlip_kernels.backends.flash_implementations import (
     FlashAttn2,
@@ -26,7 +27,6 @@ from hlip_kernels.backends.flash_implementations import (
     FlashAttn4,
     TorchFlash,
     best_first,
-    deterministic_algorithms,
 )
 
 FLASH_ATTN_2 = """

@@ -114,10 +114,11 @@ def test_nan_stays_in_its_study(layout):
     assert dirty[rows].isnan().all() and torch.equal(dirty[other], clean[other])
 
 
-def test_rows_beyond_2_to_31_elements():
+def test_rows_beyond_2_to_31_elements(needs_memory):
     """The last segments lie where an element offset no longer fits 32 bits."""
     heads, head_dim, length = 16, 64, 1000
     count = 2**31 // (3 * heads * head_dim * length) + 100
+    needs_memory(8 * count * length * 3 * heads * head_dim)  # qkv, out, three gradients, and those joined
     layout = Layout.from_lengths([length] * count, levels=("study",)).to("cuda")
     qkv = torch.randn(layout.num_rows, 3, heads, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     assert qkv.numel() > 2**31
@@ -148,7 +149,45 @@ def test_no_synchronisation_and_streams(layout):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    assert torch.equal(out, expected)
+    assert expected.isfinite().all() and relative(out, expected.double()) < 0.01  # cuBLAS promises bits on one stream alone
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda", "sdpa", "flash"])
+def test_tables_made_on_one_stream_are_read_on_another(layout, backend):
+    """Their copies are held up on the first; and they are freed there while the second, held up too, has yet to read them."""
+    support = BACKENDS[backend].supports(query(layout, "slice", torch.bfloat16, 64))
+    if not support:
+        pytest.skip(support.reason)
+    qkv = torch.randn(layout.num_rows, 3, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    g = torch.randn(layout.num_rows, 2, 64, device="cuda", dtype=torch.bfloat16)
+
+    def run(layout):
+        out = attention(*qkv.unbind(1), layout, "slice", backend=backend)
+        return out.detach(), torch.autograd.grad(out, qkv, g)[0]
+
+    def zeros():  # what tables of too early or too late hold: such indices are wrong, yet inside of every tensor
+        for kibibytes in (1, 4, 16, 64, 256) * 8:
+            yield torch.zeros(kibibytes * 256, dtype=torch.int32, device="cuda")
+
+    expected = run(layout)
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    fresh = Layout.from_grids(GRIDS, num_prefix=2, row_multiple=64).to("cuda")
+    with torch.cuda.stream(first):
+        run(layout)
+        list(zeros())
+    torch.cuda.synchronize()
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(10**8)  # some 50 ms
+        run(fresh)
+    with torch.cuda.stream(second):
+        results = [run(fresh)]
+        torch.cuda._sleep(10**8)
+        results.append(run(fresh))
+    del fresh
+    with torch.cuda.stream(first):
+        overwritten = list(zeros())
+    torch.cuda.synchronize()
+    assert overwritten and all(torch.equal(a, b) for got in results for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -162,7 +201,22 @@ def test_cuda_graph_of_a_layer(layout, backend):
             out = layer(x, layout, "slice")
         x.copy_(torch.randn_like(x))
         graph.replay()
-        assert torch.equal(out, layer(x, layout, "slice"))
+        expected = layer(x, layout, "slice")
+        # Not the same bits: cuBLAS may take another kernel for the products of the layer in a graph.
+        assert expected.isfinite().all() and relative(out, expected.double()) < 0.01
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_cuda_graph_of_attention_is_the_same_bits(layout, backend):
+    qkv = torch.randn(layout.num_rows, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        attention(*qkv.unbind(1), layout, "slice", backend=backend)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attention(*qkv.unbind(1), layout, "slice", backend=backend)
+        qkv.copy_(torch.randn_like(qkv))
+        graph.replay()
+        assert torch.equal(out, attention(*qkv.unbind(1), layout, "slice", backend=backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -150,10 +150,11 @@ def test_no_synchronisation(use):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_rows_beyond_2_to_31_elements():
+def test_rows_beyond_2_to_31_elements(needs_memory):
     """The last segments lie where an element offset of the gathered buffer no longer fits 32 bits."""
     heads, head_dim, length = 16, 64, 1000
     count = 2**31 // (3 * heads * head_dim * length) + 100
+    needs_memory(7 * count * length * 3 * heads * head_dim)  # qkv, gathered too, and out in both orders
     layout = Layout.from_lengths([length] * count, num_prefix=1, levels=("study",)).to("cuda")
     qkv = torch.randn(layout.num_rows, 3, heads, head_dim, device="cuda", dtype=torch.bfloat16)
     assert qkv.numel() > 2**31

@@ -36,14 +36,6 @@ def needs(backend, head_dim=64, longest=200, dtype=torch.bfloat16):
         pytest.skip(f"{backend} {support.reason}")
 
 
-def needs_memory(nbytes):
-    """Skips where the card has less free memory."""
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    if free < nbytes:
-        pytest.skip(f"needs {nbytes / 2**30:.0f} GiB, of {total / 2**30:.0f} GiB {free / 2**30:.0f} are free")
-
-
 class LongRow:
     """Attention of one segment of ``(R, H, D)`` rows in float64, some rows of outputs and gradients, a chunk at a time."""
 
@@ -101,7 +93,7 @@ def test_one_segment_of_seventy_thousand_rows(dtype):
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_tensor_beyond_2_to_31_elements(backend):
+def test_a_tensor_beyond_2_to_31_elements(needs_memory, backend):
     """Not only the packed projection: q itself, so every row offset of outputs and gradients at the far end needs 64 bits.
 
     The last segments come out as they do alone, and so does one in the middle.

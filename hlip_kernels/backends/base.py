@@ -140,8 +140,8 @@ class Backend(abc.ABC):
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """An ``(R, H, D)`` tensor itself if its rows lie on 16 bytes, as views of a projection do; else a copy."""
-    fits = x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:2])
+    """An ``(R, H, D)`` tensor itself if its rows lie on 16 bytes, as views of a projection do; else a copy. Others likewise."""
+    fits = x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
     return x if fits else copied(x)
 
 

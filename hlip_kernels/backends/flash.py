@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..kept import keep, to_device
 from ..pattern import K_PATCHES, K_PREFIXES, Q_PATCH, Q_PATCHES, Q_PREFIX, Q_PREFIXES, Plan
 from .base import Backend, Query, Support, aligned
+from .determinism import wants_same_bits
 from .flash_implementations import MAX_HEAD_DIM, Implementation, best_first
 from .triton import installed
 
@@ -43,10 +45,7 @@ class Segments:
 
 def segments_of(plan: Plan, device: torch.device, apart: int) -> Segments:
     """The segments of a plan that ``sees_itself``, at least ``apart`` rows apart, made once for each device and kept."""
-    key = ("flash", device, apart)
-    if key not in plan.kept:
-        plan.kept[key] = _make_segments(plan, device, apart)
-    return plan.kept[key]
+    return keep(plan.kept, ("flash", device, apart), device, lambda: _make_segments(plan, device, apart))
 
 
 def _make_segments(plan: Plan, device: torch.device, apart: int) -> Segments:
@@ -69,7 +68,7 @@ def _make_segments(plan: Plan, device: torch.device, apart: int) -> Segments:
     in_order = bool((rows == np.arange(len(rows))).all())
 
     def table(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.int32)).to(device, non_blocking=True)
+        return to_device(values.astype(np.int32), device)
 
     return Segments(
         cu_seqlens=table(np.concatenate([[0], np.cumsum(lengths)])),
@@ -133,7 +132,7 @@ class FlashBackend(Backend):
         most = (MAX_SEGMENTS + 1) // 2 if implementation.reads_beyond else MAX_SEGMENTS  # rows of zeros are segments too
         if query.segments is not None and query.segments > most:
             return f"takes up to {most} segments, got {query.segments}"
-        return implementation.why_not(query.capability, query.head_dim, _deterministic(query.numerics))
+        return implementation.why_not(query.capability, query.head_dim, wants_same_bits(query.numerics))
 
     def forward(self, q, k, v, plan, scale, numerics):
         implementation = self.implementation(Query.of(q, plan, numerics))
@@ -162,13 +161,9 @@ class FlashBackend(Backend):
         q, k, v, grad_out, out = _gather([q, k, v, grad_out, out], segments, lse, packed_lse)
         with _on(q.device):
             grads = implementation.backward(
-                grad_out, q, k, v, out, packed_lse, segments.cu_seqlens, segments.longest, scale, _deterministic(numerics)
+                grad_out, q, k, v, out, packed_lse, segments.cu_seqlens, segments.longest, scale, wants_same_bits(numerics)
             )
         return tuple(g.contiguous() for g in grads) if segments.place is None else _scatter(grads, segments)
-
-
-def _deterministic(numerics) -> bool:
-    return numerics.deterministic or torch.are_deterministic_algorithms_enabled()
 
 
 def _gather(tensors: list[torch.Tensor], segments: Segments, lse=None, packed_lse=None) -> list[torch.Tensor]:

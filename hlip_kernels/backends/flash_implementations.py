@@ -16,12 +16,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import threading
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
+
+from .determinism import deterministic_algorithms
 
 MAX_HEAD_DIM = 256
 
@@ -283,28 +284,6 @@ class TorchFlash(Implementation):
                 grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False, state, state,
                 scale=scale,
             )  # fmt: skip
-
-
-_one_at_a_time = threading.Lock()
-
-
-@contextlib.contextmanager
-def deterministic_algorithms():
-    """torch's switch for deterministic algorithms, on, and then as it was; it is the only way to ask torch's kernel for them.
-
-    The switch is one for the whole process. The lock keeps two threads that both set it from putting back each other's
-    setting; it is held while kernels are launched, not while they run. ``set_deterministic_debug_mode`` leaves the settings
-    of torch.compile alone, unlike ``use_deterministic_algorithms``; filling what is not written yet would be lost time.
-    """
-    with _one_at_a_time:
-        mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
-        try:
-            torch.set_deterministic_debug_mode("error")
-            torch.utils.deterministic.fill_uninitialized_memory = fill and mode > 0
-            yield
-        finally:
-            torch.set_deterministic_debug_mode(mode)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def best_first() -> tuple[Implementation, ...]:

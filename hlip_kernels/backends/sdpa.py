@@ -7,13 +7,16 @@ rectangular batch, where the patch rows and the prefix rows of the one group eac
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ..kept import keep, to_device
 from ..pattern import K_PATCH, K_PATCHES, K_PREFIX, K_PREFIXES, Q_PATCH, Q_PATCHES, Q_PREFIX, Q_PREFIXES, Plan
-from .base import Backend, Query, Support, stats_dtype
+from .base import Backend, Query, Support, aligned, stats_dtype
+from .determinism import deterministic_algorithms, wants_same_bits
 
 aten = torch.ops.aten
 
@@ -114,10 +117,7 @@ class Groups:
 
 def groups_of(plan: Plan, device: torch.device) -> Groups:
     """The groups of a plan, made once and kept with it."""
-    key = ("sdpa", device)
-    if key not in plan.kept:
-        plan.kept[key] = _make_groups(plan, device)
-    return plan.kept[key]
+    return keep(plan.kept, ("sdpa", device), device, lambda: _make_groups(plan, device))
 
 
 def _make_groups(plan: Plan, device: torch.device) -> Groups:
@@ -146,8 +146,7 @@ def _make_rows(groups: list[np.ndarray], num_rows: int, device: torch.device) ->
     place = np.full(num_rows, len(index))
     place[index] = np.arange(len(index))
     dead = np.flatnonzero(place == len(index))
-    tables = (torch.from_numpy(t).to(device, non_blocking=True) for t in (index, place, dead))
-    index_table, place_table, dead_table = tables
+    index_table, place_table, dead_table = (to_device(t, device) for t in (index, place, dead))
     runs = _runs(groups[0]) if len(groups) == 1 else ()
     return Rows(shapes, index_table, place_table, dead_table if len(dead) else None, runs), index
 
@@ -181,8 +180,8 @@ class SdpaBackend(Backend):
         groups = groups_of(plan, q.device)
         if not groups:
             return torch.zeros(q.shape, dtype=q.dtype, device=q.device), _zero_lse(q)
-        gathered = groups.query.gather(q), groups.keys.gather(k), groups.keys.gather(v)
-        outs, lses = zip(*(_forward(*group, scale) for group in zip(*gathered, strict=True)), strict=True)
+        gathered, fused = (groups.query.gather(q), groups.keys.gather(k), groups.keys.gather(v)), _fused(q)
+        outs, lses = zip(*(_forward(fused, *group, scale) for group in zip(*gathered, strict=True)), strict=True)
         return groups.query.scatter(outs, q.dtype), groups.query.scatter(lses, stats_dtype(q.dtype))
 
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics):
@@ -191,8 +190,11 @@ class SdpaBackend(Backend):
             return tuple(torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         query, keys = groups.query, groups.keys
         gathered = query.gather(grad_out), query.gather(q), keys.gather(k), keys.gather(v), query.gather(out)
-        lses = query.gather(lse)
-        grads = [_backward(*group, scale) for group in zip(*gathered, lses, strict=True)]
+        lses, fused = query.gather(lse), _fused(q)
+        # Else torch splits the keys among blocks and adds up dQ in any order. (The other ways have one order anyhow.)
+        same_bits = fused == "efficient" and wants_same_bits(numerics)
+        with deterministic_algorithms() if same_bits else contextlib.nullcontext():
+            grads = [_backward(fused, *group, scale) for group in zip(*gathered, lses, strict=True)]
         if grad_lse is not None:
             for group_grads, *group in zip(grads, query.gather(grad_lse), gathered[1], gathered[2], lses, strict=True):
                 _add_lse_gradient(group_grads, *group, scale)
@@ -205,21 +207,30 @@ def _zero_lse(q: torch.Tensor) -> torch.Tensor:
     return torch.zeros((q.shape[1], q.shape[0]), dtype=stats_dtype(q.dtype), device=q.device)
 
 
-def _has_fused(q: torch.Tensor) -> str | None:
-    """Which of torch's fused kernels returns its log-sum-exp here: ``"cpu"``, ``"efficient"`` (CUDA) or none."""
+def _fused(q: torch.Tensor) -> str | None:
+    """Which of torch's fused kernels takes this and returns its log-sum-exp: ``"cpu"``, ``"efficient"`` (CUDA) or none.
+
+    The memory-efficient kernels take head dims of a multiple of 16 bytes, and bfloat16 from compute capability 8.0 on, as
+    ``can_use_mem_efficient_attention`` in torch's sdp_utils.cpp says. They make a float32 product from three of TF32, which
+    together keep the bits of float32; not on AMD GPUs, whose kernels are others.
+    """
     if q.device.type == "cpu":
         return "cpu"
-    if q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
-        return "efficient"
-    return None
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or q.shape[-1] * q.itemsize % 16:
+        return None
+    if torch.version.hip is not None:
+        return None if q.dtype == torch.float32 else "efficient"
+    if q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return None
+    return "efficient"
 
 
-def _forward(q, k, v, scale):
+def _forward(fused, q, k, v, scale):
     """Dense attention ``(n, H, L, D)`` -> out, lse ``(n, H, Lq)``."""
-    fused = _has_fused(q)
     if fused == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, False, attn_mask=None, scale=scale)
     if fused == "efficient":
+        q, k, v = map(aligned, (q, k, v))
         out, lse, _, _ = aten._scaled_dot_product_efficient_attention.default(q, k, v, None, True, 0.0, False, scale=scale)
         return out, lse[..., : q.shape[2]]
     stats = stats_dtype(q.dtype)
@@ -227,9 +238,8 @@ def _forward(q, k, v, scale):
     return (torch.softmax(logits, -1) @ v.to(stats)).to(q.dtype), torch.logsumexp(logits, -1)
 
 
-def _backward(grad_out, q, k, v, out, lse, scale) -> list[torch.Tensor]:
+def _backward(fused, grad_out, q, k, v, out, lse, scale) -> list[torch.Tensor]:
     """Gradients of :func:`_forward`'s first output."""
-    fused = _has_fused(q)
     if fused == "cpu":
         return list(
             aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
@@ -237,6 +247,7 @@ def _backward(grad_out, q, k, v, out, lse, scale) -> list[torch.Tensor]:
             )
         )
     if fused == "efficient":
+        grad_out, q, k, v = map(aligned, (grad_out, q, k, v))  # out lies so, and must keep the strides it has
         padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
         seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
         grads = aten._scaled_dot_product_efficient_attention_backward.default(

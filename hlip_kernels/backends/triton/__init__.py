@@ -148,7 +148,7 @@ def prepare_fused(out, grad_out, grad_lse, has_grad_lse, tf32=False) -> tuple[to
     delta = torch.empty((heads, num_rows), dtype=torch.float32, device=out.device)
     config = config_for("attention_backward_delta", out.dtype, head_dim, family_of(out.device), tf32)
     with _on(out.device):
-        kernels.attention_backward_delta[(-(-num_rows // config.block_m), heads)](
+        kernels.attention_backward_delta[_grid(-(-num_rows // config.block_m), heads)](
             out, grad_out, grad_lse, delta, dq_sum,
             *_strides(out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *_strides(dq_sum), num_rows,
             HAS_GRAD_LSE=has_grad_lse, HEAD_DIM=head_dim, BLOCK_D=config.columns[0], BLOCK_E=config.columns[1],
@@ -166,12 +166,22 @@ def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def _grid(blocks: int, heads: int) -> tuple[int, int]:
+    """A program for each block of rows and head. triton's launcher multiplies them as an int: from 2^31 on none would run."""
+    if blocks * heads >= 2**31:
+        raise ValueError(
+            f"{blocks} blocks of rows times {heads} heads are too many programs for one launch (2^31 or more): "
+            "split the batch, or attend with some of the heads at a time"
+        )
+    return blocks, heads
+
+
 def _launch(kernel, config, tiles, heads, head_dim, tf32, device, *args, **constants) -> None:
     """One launch over real tiles only; none when there are none."""
     if len(tiles) == 0:
         return
     with _on(device):
-        kernel[(len(tiles), heads)](
+        kernel[_grid(len(tiles), heads)](
             *args,
             **constants,
             HEAD_DIM=head_dim,
