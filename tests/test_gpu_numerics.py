@@ -42,6 +42,16 @@ def relative(got, truth):
     return float((got.double() - truth).norm() / truth.norm())
 
 
+@contextlib.contextmanager
+def tf32_in_torch(allowed):
+    before = torch.backends.cuda.matmul.allow_tf32  # not by monkeypatch, which would try to delete it
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def sdpa_by_segment(leaf, layout, level, tf32):
     """torch's own attention, one call a segment."""
     offsets, T, P = layout.host_offsets(level), layout.num_tokens, layout.num_prefix
@@ -58,7 +68,7 @@ def sdpa_by_segment(leaf, layout, level, tf32):
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype, allow_tf32", KINDS, ids=KIND_IDS)
-def test_error_is_at_most_twice_torchs_own(layout, dtype, allow_tf32, head_dim, deterministic, monkeypatch):
+def test_error_is_at_most_twice_torchs_own(layout, dtype, allow_tf32, head_dim, deterministic):
     numerics = Numerics(deterministic, allow_tf32)
     if not allow_tf32 and not is_fused(torch.device("cuda", 0), dtype, head_dim, 1, numerics):
         pytest.skip("the kernels of tests/test_gpu.py")
@@ -73,8 +83,7 @@ def test_error_is_at_most_twice_torchs_own(layout, dtype, allow_tf32, head_dim, 
         leaf = qkv.clone().requires_grad_()
         out = attention(*leaf.unbind(1), layout, level, backend="triton", deterministic=deterministic, allow_tf32=allow_tf32)
         (grad,) = torch.autograd.grad(out, leaf, g)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.backends.cuda.matmul, "allow_tf32", allow_tf32)
+        with tf32_in_torch(allow_tf32):
             torchs = sdpa_by_segment(leaf, layout, level, allow_tf32)
             (torchs_grad,) = torch.autograd.grad(torchs, leaf, g)
         floor = 0.25 * (2.0**-10 if allow_tf32 else torch.finfo(dtype).eps)

@@ -44,7 +44,8 @@ def cuda() -> None:
     ragged = layout()
     for head_dim in (64, 80):
         qkv = inputs(ragged.num_rows, head_dim, torch.bfloat16)
-        for backend in ("cuda", "cuda_halves"):
+        query = Query.of(qkv[:, 0], Plan.of(ragged.pattern("slice")))
+        for backend in ("cuda", *(["cuda_halves"] if BACKENDS["cuda_halves"].supports(query) else [])):
             out, lse = attention(*qkv.unbind(1), ragged, "slice", backend=backend, return_lse=True)
             (out.float().sum() + lse.sum()).backward()
     count = torch.cuda.get_device_properties("cuda").multi_processor_count + 8
