@@ -10,7 +10,8 @@ from torch import nn
 from benchmarks import workloads
 from benchmarks.dense import DenseEncoder, published_batch
 from benchmarks.measure import device, dtype, full_size, relative_error, run, tolerance
-from benchmarks.peers import Order, dense_flops, has_flash, padded_flops, too_much, torch_varlen
+from benchmarks.order import Order
+from benchmarks.peers import dense_flops, has_flash, padded_flops, too_much, torch_varlen
 from hlip.losses import ContrastiveLoss
 from hlip.model import HLIPEncoder, StudyBatch, create_model
 from hlip.model.variants import BIOMEDBERT, Encoder, Variant

@@ -13,7 +13,8 @@ from _pytest.outcomes import Skipped
 
 from benchmarks import peers as peers_module
 from benchmarks import workloads
-from benchmarks.peers import Order, flex_mask, padded_flops, peers, segment_rows, too_much
+from benchmarks.order import Order, equal_lengths, segment_rows
+from benchmarks.peers import flex_mask, padded_flops, peers, too_much
 from hlip_kernels import Layout, attention
 from hlip_kernels.pattern import Plan
 
@@ -78,7 +79,7 @@ def test_padded_and_varlen_are_attention(w):
     check_against_truth(w, peers_module._varlen("any", w, "slice", CPU, attend_each).run)
 
 
-@pytest.mark.parametrize("w", [w for w in RAGGED if peers_module._equal_lengths(w, "slice")])
+@pytest.mark.parametrize("w", [w for w in RAGGED if equal_lengths(w, "slice")])
 def test_published_and_cudnn_are_attention_where_segments_are_equal(w, monkeypatch):
     check_against_truth(w, peers_module._published(w, "slice", CPU).run)
 
