@@ -42,6 +42,7 @@ def one_of_each(compiled, code, dtype, namespace="hlip"):
         # The last row of the longer segment at the end is the tensors' last: nothing may be read beyond.
         short.check(backend, [3, 1, 0, 8, 20, 88, 2, 66], 1, dtype, 32)
         short.leaves_its_pack_alone(backend, dtype, 32, "v", float("nan"), (6,))
+        short.reads_no_first_row_but_its_own(backend, [3, 88, 2, 66], dtype, 32)
     finally:
         compiled.replaced = {}
     assert {launch.kernel for launch in compiled.launches} == set(kernels)

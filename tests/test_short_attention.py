@@ -210,6 +210,22 @@ def leaves_its_pack_alone(backend, dtype, head_dim, where, bad, chosen):
             assert not all(b.isfinite().all() for name, b in zip(NAMES, dirty, strict=True) if name in expected)
 
 
+def reads_no_first_row_but_its_own(backend, lengths, dtype, head_dim):
+    """Rows that fill up tiles are nothing, not the tensor's first row, whose address they are given."""
+    plan = plan_of(lengths)
+    inputs = tensors(plan.num_rows, dtype, head_dim)
+    clean = both(backend, *inputs, plan)
+    for t in inputs:
+        t[0] = float("nan")
+    for name, a, b in zip(NAMES, clean, both(backend, *inputs, plan), strict=True):
+        a, b = (t.transpose(0, 1) if name == "lse" else t for t in (a, b))
+        assert torch.equal(a[lengths[0] :], b[lengths[0] :]), name
+
+
+def test_rows_that_are_not_there_are_not_the_first(backend):
+    reads_no_first_row_but_its_own(backend, [3, 88, 2, 66], torch.float16, 64)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float16", "bfloat16"])
 def test_bad_values_in_every_segment_but_one(backend, dtype):
     lengths = [3, 5, 8, 1, 17, 2]
