@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,13 +88,13 @@ class Order:
         """Packed rows ``(R, ...)`` -> rows in this order."""
         if self.in_order:
             return x if self.live == self.rows else x[: self.live]
-        return _Gather.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.take(x)
+        return _moved(x, self.take, self.put)
 
     def scatter(self, y: Tensor) -> Tensor:
         """The opposite of :meth:`gather`, copies dropped, dead rows 0."""
         if self.in_order:
             return y if self.live == self.rows else torch.cat([y, y.new_zeros((self.rows - self.live, *y.shape[1:]))])
-        return _Scatter.apply(y, self) if torch.is_grad_enabled() and y.requires_grad else self.put(y)
+        return _moved(y, self.put, self.take_gradients)
 
     def dense(self, x: Tensor) -> Tensor:
         """Packed rows ``(R, H, D)`` -> ``(segments, H, longest, D)``."""
@@ -157,23 +158,18 @@ def _pick(x: Tensor, index: Tensor) -> Tensor:
     return x[index] if x.is_cuda else x.index_select(0, index)
 
 
-class _Gather(torch.autograd.Function):
+class _Moved(torch.autograd.Function):
+    """Rows moved there, and their gradients back."""
+
     @staticmethod
-    def forward(ctx, x, order):
-        ctx.order = order
-        return order.take(x)
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx, g):
-        return ctx.order.put(g), None
+        return ctx.back(g), None, None
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, order):
-        ctx.order = order
-        return order.put(y)
-
-    @staticmethod
-    def backward(ctx, g):
-        return ctx.order.take_gradients(g), None
+def _moved(x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+    return _Moved.apply(x, there, back) if torch.is_grad_enabled() and x.requires_grad else there(x)

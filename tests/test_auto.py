@@ -184,6 +184,17 @@ def test_the_command_measures_and_writes(own, capsys):
         assert decide(query).backend == name and "measured on" in decide(query).evidence
 
 
+def test_a_backend_that_fails_is_left_out_of_the_measurement(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(backends.BACKENDS["sdpa"], "forward", fail)
+    monkeypatch.setitem(backends.BACKENDS, "sound", backends.sdpa.SdpaBackend())
+    found = measure_auto.measure_band(8, torch.float32, 16, rows=16, heads=1, rounds=1, device=torch.device("cpu"))
+    assert "sound" in found and "sdpa" not in found
+    assert "sdpa at 8 rows left out: RuntimeError: no such instruction" in capsys.readouterr().err
+
+
 def test_bands_with_one_winner_are_one_line():
     measured = {32: {"a": 1.0, "b": 2.0}, 64: {"a": 1.0, "b": 2.0}, 128: {"a": 2.0, "b": 1.0}, 256: {"b": 1.0}}
     lines = measure_auto.lines_of(measured, torch.device("cpu"), torch.float32, 64)

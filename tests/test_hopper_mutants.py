@@ -141,7 +141,7 @@ MUTANTS = [
     ("ring", "split", "lse in base e", "level", WRONG, "return lse_M * LOG2_E", "return lse_M * 1.0"),
     ("ring", "split", "statistics that nobody waits for", "level", RACE, "2 if STATISTICS else 1", "1"),
     ("ring", "split", "statistics before their tile is free", "level", f"{RACE}|after the read",
-     "    of[3].index(i % STAGES)", "    of[3].index((i + 1) % STAGES)"),
+     "lse_smem.index(i % STAGES)", "lse_smem.index((i + 1) % STAGES)"),
     ("ring", "split", "statistics never handed over", "level", STUCK,
      "    complete_use(full, i, STAGES)\n\n\n@gluon.jit\ndef produce(",
      "\n\n@gluon.jit\ndef produce("),

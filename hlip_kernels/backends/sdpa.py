@@ -212,7 +212,7 @@ def _fused(q: torch.Tensor) -> str | None:
 
     The memory-efficient kernels take head dims of a multiple of 16 bytes, and bfloat16 from compute capability 8.0 on, as
     ``can_use_mem_efficient_attention`` in torch's sdp_utils.cpp says. They make a float32 product from three of TF32, which
-    together keep the bits of float32; not on AMD GPUs, whose kernels are others.
+    together keep the bits of float32 (``OpMultiplyAddFastF32``); not on AMD GPUs, whose kernels are others.
     """
     if q.device.type == "cpu":
         return "cpu"

@@ -155,10 +155,10 @@ def produce_by_address(
 
 
 @gluon.jit
-def load_statistics(of, head, at, rows_of, BLOCK: gl.constexpr):
+def load_statistics(of, head, at, met, BLOCK: gl.constexpr):
     """Log-sum-exp in base 2 and delta of positions ``at`` and on. Beyond the record zeros, as its rows are: nothing to add."""
     lse, delta, num_rows, _, _ = of
-    patch, patches, prefix, total = rows_of
+    patch, patches, prefix, total = met
     i = at + gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
     rows = head * num_rows + row_of(i, patch, patches, prefix)
     lse_M = gl.load(lse + rows, mask=i < total, other=0.0)
@@ -168,8 +168,9 @@ def load_statistics(of, head, at, rows_of, BLOCK: gl.constexpr):
 @gluon.jit
 def produce_statistics(of, lse_M, delta_M, full, i, STAGES: gl.constexpr):
     """Hands over the statistics of use ``i``, whose tile this program may write."""
-    of[3].index(i % STAGES).store(lse_M)
-    of[4].index(i % STAGES).store(delta_M)
+    _, _, _, lse_smem, delta_smem = of
+    lse_smem.index(i % STAGES).store(lse_M)
+    delta_smem.index(i % STAGES).store(delta_M)
     complete_use(full, i, STAGES)
 
 
