@@ -161,7 +161,7 @@ def alone(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # pytest-xdist may deal a process this file's tests with other files' between them
 def site(tmp_path_factory):
     """All three, side by side in one folder as pip puts them; and their modules, once imported."""
     folder = tmp_path_factory.mktemp("site")
