@@ -50,8 +50,12 @@ class Backward:
         on_16_bytes(grad, q, k, v, out)
         assert rows_of_heads(out)
         length = q.shape[2]
-        assert lse.dtype == torch.float32 and lse.stride(0) % 8 == lse.stride(1) % 8 == 0
-        assert lse.shape[2] % 32 == 0 and (lse[..., length:] == float("inf")).all()
+        assert lse.dtype == torch.float32
+        if torch.version.hip is None:
+            assert lse.stride(0) % 8 == lse.stride(1) % 8 == 0
+            assert lse.shape[2] % 32 == 0 and (lse[..., length:] == float("inf")).all()
+        else:
+            assert lse.view(-1, length).shape[0] == lse.shape[0] * lse.shape[1]
         a, b, c, g, o = (t.float() for t in (q, k, v, grad, out))
         p = (a @ b.transpose(-1, -2) * scale - lse[..., :length, None]).exp()
         ds = p * (g @ c.transpose(-1, -2) - (g * o).sum(-1, keepdim=True)) * scale
@@ -103,9 +107,11 @@ def test_not_float32_on_amd(monkeypatch):
 PATTERNS = [("scan", {}), ("slice", {"neighbours": 1}), ("slice", {"summary": "study"})]
 
 
+@pytest.mark.parametrize("hip", [None, "7.0"])
 @pytest.mark.parametrize("level, options", PATTERNS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_against_float64(efficient, dtype, level, options):
+def test_against_float64(efficient, monkeypatch, dtype, level, options, hip):
+    monkeypatch.setattr(torch.version, "hip", hip)  # where the kernels take their log-sum-exp otherwise
     layout = make(RAGGED, 2, 16)
     mask = naive_mask(RAGGED, 2, layout.num_rows, level, **options)
     qkv = torch.randn(layout.num_rows, 3, 2, 8).to(dtype).requires_grad_()

@@ -248,10 +248,10 @@ def _backward(fused, grad_out, q, k, v, out, lse, scale) -> list[torch.Tensor]:
         )
     if fused == "efficient":
         grad_out, q, k, v = map(aligned, (grad_out, q, k, v))  # out lies so, and must keep the strides it has
-        padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
+        lse = _statistics(lse)
         seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
         grads = aten._scaled_dot_product_efficient_attention_backward.default(
-            grad_out, q, k, v, None, out, padded, seed, seed, 0.0, [True, True, True, False], False, scale=scale
+            grad_out, q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], False, scale=scale
         )
         return list(grads[:3])
     stats = stats_dtype(q.dtype)
@@ -260,6 +260,13 @@ def _backward(fused, grad_out, q, k, v, out, lse, scale) -> list[torch.Tensor]:
     dp = grad_out @ v.transpose(-1, -2)
     ds = p * (dp - (grad_out * out).sum(-1, keepdim=True)) * scale
     return [ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad_out]
+
+
+def _statistics(lse: torch.Tensor) -> torch.Tensor:
+    """The log-sum-exp as the memory-efficient backward kernels read it: NVIDIA's to a multiple of 32 queries, AMD's as it is."""
+    if torch.version.hip is not None:
+        return lse.contiguous()  # attention_backward.cu views it as (n * H, L)
+    return torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
 
 
 def _add_lse_gradient(grads, grad_lse, q, k, lse, scale, chunk_elements: int = 2**24) -> None:
