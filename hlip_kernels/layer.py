@@ -26,7 +26,8 @@ class HierarchicalAttention(nn.Module):
         proj_bias: a bias in the output projection.
         proj_drop: dropout after the output projection.
         norm_layer: made as ``norm_layer(head_dim)`` when ``qk_norm``.
-        neighbours, summary, backend, deterministic, allow_tf32: as in :func:`hlip_kernels.attention`.
+        neighbours, summary, backend, deterministic, allow_tf32: as in :func:`hlip_kernels.attention`, for packed rows. (Dense
+            input takes torch's ``scaled_dot_product_attention``, which listens to torch's own switches.)
         device, dtype: of the parameters.
     """
 
