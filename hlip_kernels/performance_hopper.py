@@ -76,7 +76,7 @@ STEPS = {
         Compute("floats", 1), Compute("exponentials", 1), Begin("dV"), Wait(("dP",)), Compute("floats", 3),
         Begin("dK"), Wait(("dV", "dK")), _FINISH,
     ),
-    # The summer's product, of both consumers' dS, as half of it each: nobody waits for it but the next but one.
+    # The reducer's product, of both consumers' dS, as half of it each: nobody waits for it but the next but one.
     "attention_backward_fused": (
         Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)), Pause(PRODUCT_LATENCY),
         Compute("floats", 2), Compute("exponentials", 1), Begin("dV"), Wait(("dP",)), Compute("floats", 3),

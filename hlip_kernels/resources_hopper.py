@@ -73,7 +73,7 @@ class HopperResources:
     Attributes:
         variant: compile-time constants beside those of the table.
         registers: that ptxas counts at the start. spill_bytes: local memory of a thread.
-        loop_spills: instructions that load or store local memory, in loops with products and exponentials. summer_spills: in
+        loop_spills: instructions that load or store local memory, in loops with products and exponentials. reducer_spills: in
             loops with products alone, those of the group that adds up dQ.
         products, tma_loads: instructions (HGMMA, UTMALDG). serialized: ptxas says that it made products wait for one another.
         exponentials: instructions in those loops. overlapped: those with a product in flight.
@@ -92,7 +92,7 @@ class HopperResources:
     shared_memory: int
     spill_bytes: int
     loop_spills: int
-    summer_spills: int
+    reducer_spills: int
     products: int
     tma_loads: int
     serialized: int
@@ -122,7 +122,6 @@ def compile_kernel(kernel: str, dtype: str, head_dim: int, variant: dict | None 
     config = config or KERNELS[kernel][head_dim]
     function = kernel_named(kernel)
     constants = constants_of(config, head_dim) | variant
-    constants |= {"DS_STAGES": config.summer_stages, "SUMMER_REGISTERS": config.summer_registers}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     layout = tile_layout(gl, DTYPES[dtype], config.block, head_dim)
     signature, attributes = {}, {}
@@ -164,7 +163,7 @@ def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None 
         config.consumers, config.block, config.stages,
         registers=registers, shared_memory=compiled.metadata.shared, spill_bytes=spilled,
         loop_spills=sum(_spills(loop) for loop, (exponentials, _) in zip(loops, found, strict=True) if exponentials),
-        summer_spills=sum(_spills(loop) for loop, (exponentials, _) in zip(loops, found, strict=True) if not exponentials),
+        reducer_spills=sum(_spills(loop) for loop, (exponentials, _) in zip(loops, found, strict=True) if not exponentials),
         products=sum(i.kind == "product" for i in code),
         tma_loads=sum(i.name.startswith("UTMALDG") for i in code),
         serialized=int("serializ" in (said.stdout + said.stderr).lower()),
@@ -329,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{r.kernel} {r.variant} {r.dtype} D={r.head_dim}: {r.consumers} consumers, {r.stages} tiles of {r.block}\n"
             f"  {r.registers} registers, {r.shared_memory} bytes shared, {r.spill_bytes} bytes spilled, "
-            f"{r.loop_spills} spills in loops, {r.summer_spills} in the summer's\n"
+            f"{r.loop_spills} spills in loops, {r.reducer_spills} in the reducer's\n"
             f"  {r.products} products, {r.tma_loads} TMA loads, {'serialized, ' * r.serialized}"
             f"{r.overlapped} of {r.exponentials} exponentials with a product in flight, {r.unsynchronised} unsynchronised\n"
             f"  {r.order}",

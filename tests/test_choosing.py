@@ -99,6 +99,8 @@ def test_scale():
 
 def test_backends_can_be_done_without():
     code = "from hlip_kernels.backends import BACKENDS; print(*BACKENDS)"
-    environment = os.environ | {"HLIP_KERNELS_WITHOUT": "hopper flash nonsense"}
+    environment = os.environ | {"HLIP_KERNELS_WITHOUT": "hopper flash cuda_halves nonsense"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [name for name in BACKENDS if name not in ("hopper", "flash")]
+    assert done.stdout.split() == [
+        name for name in BACKENDS if name not in ("hopper", "hopper_ordered", "flash", "cuda_halves")
+    ]

@@ -233,10 +233,10 @@ def test_what_the_backend_takes():
 def test_registers_add_up():
     for table in KERNELS.values():
         for config in table.values():
-            groups = config.consumers + 1 + (config.summer_registers > 0)
-            given = config.consumers * config.consumer_registers + config.producer_registers + config.summer_registers
+            groups = config.consumers + 1 + (config.reducer_registers > 0)
+            given = config.consumers * config.consumer_registers + config.producer_registers + config.reducer_registers
             assert given <= groups * config.max_registers and 128 * groups * config.max_registers <= 65536, config
-            parts = (config.consumer_registers, config.producer_registers, config.summer_registers)
+            parts = (config.consumer_registers, config.producer_registers, config.reducer_registers)
             assert all(n % 8 == 0 for n in parts) and config.block % config.part == 0
 
 

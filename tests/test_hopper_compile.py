@@ -38,7 +38,7 @@ def check(row):
     assert 0 < row.shared_memory <= SHARED_MEMORY, row
     # Of triton 3.9, one load a step in each consumer. The rest of those 128 bytes is moved once an item.
     spills = 2 if (row.kernel, row.head_dim) == ("attention_backward_dkdv", 128) else 0
-    assert row.loop_spills <= spills and row.summer_spills == 0 and row.spill_bytes <= 128, row
+    assert row.loop_spills <= spills and row.reducer_spills == 0 and row.spill_bytes <= 128, row
     assert not row.serialized and not row.unsynchronised, row
     # In the loop of every consumer all exponentials of a tile: a thread has 32 of its 64 x 64.
     consumers = KERNELS[row.kernel][row.head_dim].consumers

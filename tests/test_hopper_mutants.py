@@ -50,8 +50,8 @@ MUTANTS = [
      "tma_load(desc, [row, column], bar, smem.index(i % STAGES))",
      "tma_load(desc, [row, column], bar, smem.index((i + 1) % STAGES))"),
     ("ring", "f", "parts in the wrong places", "level", WRONG, "tile.slice(part * PART", "tile.slice((part ^ 1) * PART"),
-    ("ring", "f", "a part left out", "negative", "is unwritten", "static_range(ROWS // PART)",
-     "static_range(ROWS // PART - 1)"),
+    ("ring", "f", "a part left out", "negative", "is unwritten", "static_range(BLOCK // PART)",
+     "static_range(BLOCK // PART - 1)"),
     ("ring", "f", "prefix rows counted from the record", "level", f"{OUTSIDE}|{WRONG}", "prefix + (i - patches)", "prefix + i"),
     ("ring", "f", "no prefix rows", "level", WRONG, "position < total)", "position < patches)"),
     ("ring", "f", "rows past the end not zeroed", "level", WRONG, "mask=ok[:, None], other=0.0", "mask=ok[:, None]"),
@@ -159,7 +159,7 @@ MUTANTS = [
      "        complete_use(full_ds, used, DS_STAGES)\n        fence_async_shared()\n"),
     ("backward_keys", "ordered", "one half of dS is enough", "level", RACE, "make_bars(DS_STAGES, CONSUMERS)",
      "make_bars(DS_STAGES, 1)"),
-    ("backward_keys", "ordered", "keys written over while the summer reads", "level", RACE,
+    ("backward_keys", "ordered", "keys written over while the reducer reads", "level", RACE,
      "                await_use(empty_ds, used - 1, DS_STAGES)", "                pass"),
     ("backward_keys", "ordered", "no wait for dS", "level", RACE, "            await_use(full_ds, used, DS_STAGES)\n", ""),
     ("backward_keys", "ordered", "dS never given back", "level", STUCK,
@@ -178,7 +178,7 @@ MUTANTS = [
      "p_NM = gl.where(ok_N[:, None], p_NM, 0.0)", "p_NM = p_NM * 1.0"),
     ("backward_keys", "any order", "rows past the end added", "level", f"{OUTSIDE}|{WRONG}", "mask=(i < q_total)[:, None]",
      "mask=(i >= 0)[:, None]"),
-    ("backward_keys", "any order", "the summer reads dS as it lies", "level", f"{WRONG}|multiplies", ".permute((1, 0))", ""),
+    ("backward_keys", "any order", "the reducer reads dS as it lies", "level", f"{WRONG}|multiplies", ".permute((1, 0))", ""),
     ("backward_keys", "any order", "no scale in dQ", "level", WRONG, "dq_MD * scale", "dq_MD * 1.0"),
 ]  # fmt: skip
 

@@ -79,11 +79,11 @@ def test_one_backward_kernel_is_predicted_faster_than_two_and_two_slower_than_fo
 def test_registers_add_up():
     for by_head_dim in KERNELS.values():
         for c in by_head_dim.values():
-            groups = c.consumers + 1 + (c.summer_registers > 0)
-            given = c.consumers * c.consumer_registers + c.producer_registers + c.summer_registers
+            groups = c.consumers + 1 + (c.reducer_registers > 0)
+            given = c.consumers * c.consumer_registers + c.producer_registers + c.reducer_registers
             assert given <= groups * c.max_registers
             assert c.max_registers * 128 * groups <= 65536
-    assert BACKWARD_FUSED[64].summer_stages == 2
+    assert BACKWARD_FUSED[64].reducer_stages == 2
 
 
 def test_refusal_names_the_head_dim():

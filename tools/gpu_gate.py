@@ -123,7 +123,7 @@ def run_steps(
             if results[-1][1] != "passed":
                 print(textwrap.indent(last_lines(out / "log.txt"), "    "), flush=True)
         if name == "hopper" and results[-1][1].startswith("STOPPED"):  # it hangs: the steps after it go on without
-            environment = environment | {"HLIP_KERNELS_WITHOUT": "hopper hopper_ordered"}
+            environment = environment | {"HLIP_KERNELS_WITHOUT": "hopper"}
         (out / "summary.txt").write_text("".join("{:22} {:28} {:6.1f} s\n".format(*result) for result in results))
     return results
 

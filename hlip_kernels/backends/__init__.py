@@ -21,8 +21,9 @@ BACKENDS: dict[str, Backend] = {
     "hopper_ordered": hopper.HopperBackend(ordered=True),
     "flash": flash.FlashBackend(),
 }
-for _name in os.environ.get("HLIP_KERNELS_WITHOUT", "").split():  # names of backends to do without, should one misbehave
-    BACKENDS.pop(_name, None)
+# Should one misbehave: names of backends to do without, and with "hopper" without "hopper_ordered".
+_without = os.environ.get("HLIP_KERNELS_WITHOUT", "").split()
+BACKENDS = {name: backend for name, backend in BACKENDS.items() if not {name, name.partition("_")[0]}.intersection(_without)}
 
 
 def choose(query: Query, name: str) -> Backend:

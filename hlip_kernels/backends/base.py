@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
 
 from ..pattern import Plan
 
+LOG2_E = math.log2(math.e)
 # In place of a scale of 0, which makes NaN of the -inf of hidden logits. Any other logit times this is 0 to an exponential.
 LEAST_SCALE = 1e-37
 
@@ -148,6 +151,16 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 def copied(x: torch.Tensor) -> torch.Tensor:
     """A copy with rows and heads one after the other: unlike ``contiguous()``, always in memory of its own."""
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def strides_of(*tensors: torch.Tensor) -> list[int]:
+    """Row and head stride of each ``(R, H, D)`` tensor, in elements."""
+    return [stride for t in tensors for stride in t.stride()[:2]]
+
+
+def on(device: torch.device):
+    """With that device current, as a launch by triton or by another package needs it; nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:

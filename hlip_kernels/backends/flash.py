@@ -7,7 +7,6 @@ alone, q, k and v are used where they are. Else one launch gathers them and one 
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 
 from ..kept import keep, to_device
 from ..pattern import K_PATCHES, K_PREFIXES, Q_PATCH, Q_PATCHES, Q_PREFIX, Q_PREFIXES, Plan
-from .base import Backend, Query, Support, aligned
+from .base import Backend, Query, Support, aligned, on
 from .determinism import wants_same_bits
 from .flash_implementations import MAX_HEAD_DIM, Implementation, best_first
 from .triton import installed
@@ -141,7 +140,7 @@ class FlashBackend(Backend):
         if not segments.total:
             return torch.zeros(q.shape, dtype=q.dtype, device=q.device), torch.zeros(lse_shape, **made)
         q, k, v = _gather([q, k, v], segments)
-        with _on(q.device):
+        with on(q.device):
             out, packed_lse = implementation.forward(q, k, v, segments.cu_seqlens, segments.longest, scale)
         if segments.place is None:
             return out.contiguous(), packed_lse.contiguous()
@@ -159,7 +158,7 @@ class FlashBackend(Backend):
         else:
             packed_lse = torch.empty((lse.shape[0], segments.total), dtype=lse.dtype, device=lse.device)
         q, k, v, grad_out, out = _gather([q, k, v, grad_out, out], segments, lse, packed_lse)
-        with _on(q.device):
+        with on(q.device):
             grads = implementation.backward(
                 grad_out, q, k, v, out, packed_lse, segments.cu_seqlens, segments.longest, scale, wants_same_bits(numerics)
             )
@@ -187,7 +186,3 @@ def _scatter(tensors, segments: Segments, packed_lse=None, lse=None) -> tuple[to
     moved = tuple(torch.empty(shape, dtype=x.dtype, device=x.device) for x in tensors)
     flash_rows.move(tensors, moved, segments.place, packed_lse, lse)
     return moved
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -9,12 +9,13 @@ Only the ``flash`` backend imports this module, and only when it runs: it needs 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+
+from .base import on, strides_of
 
 BLOCK_ROWS = 16
 BLOCK_COLUMNS = 256
@@ -91,15 +92,14 @@ def move(
     count = len(sources)
     num_rows, heads, head_dim = targets[0].shape
     pad = [sources[0]] * (MOST - count), [targets[0]] * (MOST - count)  # never read, never written
-    strides = [stride for x in (*sources, *pad[0]) for stride in x.stride()[:2]]
-    strides.append(targets[0].stride(0))
+    strides = [*strides_of(*sources, *pad[0]), targets[0].stride(0)]
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     has_stats = stats is not None
     if not has_stats:
         stats = to_stats = index
     columns = min(BLOCK_COLUMNS, triton.next_power_of_2(heads * head_dim))
     grid = triton.cdiv(num_rows, BLOCK_ROWS), triton.cdiv(heads * head_dim, columns) + has_stats
-    with torch.cuda.device(index.device) if index.is_cuda else contextlib.nullcontext():
+    with on(index.device):
         move_rows[grid](
             *sources, *pad[0], *targets, *pad[1], stats, to_stats, index,
             *(stride // unit for stride in strides), *(stats.stride() if has_stats else (0, 0)),

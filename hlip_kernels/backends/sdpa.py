@@ -263,7 +263,7 @@ def _backward(fused, grad_out, q, k, v, out, lse, scale) -> list[torch.Tensor]:
 
 
 def _statistics(lse: torch.Tensor) -> torch.Tensor:
-    """The log-sum-exp as the memory-efficient backward kernels read it: NVIDIA's to a multiple of 32 queries, AMD's as it is."""
+    """The log-sum-exp as the memory-efficient backward kernels read it: to a multiple of 32 queries, AMD's as it is."""
     if torch.version.hip is not None:
         return lse.contiguous()  # attention_backward.cu views it as (n * H, L)
     return torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..backends.base import stats_dtype
 
 Shape = tuple[int, int, int]
 
@@ -173,7 +174,7 @@ def torch_patchify(
     voxels: Tensor, scans: Tensor, keep: Tensor | None, patch: Shape, scale: float, shift: float, dtype: torch.dtype
 ) -> Tensor:
     """The same in plain torch, one scan after the other."""
-    stats = torch.float64 if dtype == torch.float64 else torch.float32
+    stats = stats_dtype(dtype)
     pd, ph, pw = patch
     counts = scans[:, 4:7].prod(dim=1).tolist()
     patches = torch.empty((sum(counts), pd * ph * pw), dtype=stats, device=voxels.device)
@@ -194,7 +195,7 @@ def torch_patchify_backward(
     grad: Tensor, scans: Tensor, keep: Tensor | None, num_voxels: int, patch: Shape, scale: float, dtype: torch.dtype
 ) -> Tensor:
     """The gradient of :func:`torch_patchify` by the voxels, flat."""
-    stats = torch.float64 if dtype == torch.float64 else torch.float32
+    stats = stats_dtype(dtype)
     pd, ph, pw = patch
     grad = (grad.to(stats) * scale).to(dtype)
     if keep is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..backends.base import stats_dtype
 from ..layout import Layout
 from .checks import check_layout, check_rows
 
@@ -63,7 +64,7 @@ def torch_segment_mean(x: Tensor, offsets: Tensor, num_tokens: int) -> Tensor:
     lengths = offsets.diff()
     if len(lengths) == 0 or x.shape[1] == 0:
         return x.new_zeros((len(lengths), x.shape[1]))
-    stats = torch.float64 if x.dtype == torch.float64 else torch.float32
+    stats = stats_dtype(x.dtype)
     sums = torch.segment_reduce(x[:num_tokens].to(stats), "sum", offsets=offsets.long(), axis=0, initial=0.0)
     return (sums / lengths.clamp(min=1)[:, None]).to(x.dtype)
 
@@ -73,7 +74,7 @@ def torch_segment_mean_backward(grad_out: Tensor, offsets: Tensor, num_tokens: i
     grad_x = grad_out.new_zeros((num_rows, grad_out.shape[1]))
     lengths = offsets.diff()
     if num_tokens and len(lengths):
-        stats = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
+        stats = stats_dtype(grad_out.dtype)
         rows = (grad_out.to(stats) / lengths.clamp(min=1)[:, None]).to(grad_out.dtype)
         segment = torch.repeat_interleave(lengths.long(), output_size=num_tokens)
         torch.index_select(rows, 0, segment, out=grad_x[:num_tokens])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..backends.base import stats_dtype
 from ..layout import Layout
 from .checks import check_layout, check_rows
 
@@ -92,7 +93,7 @@ def torch_switch_tail(source: Tensor, children: Tensor, parents: Tensor, num_pre
 
     ``up``: the sum over each parent's children; down: each child's parent. ``divide``: over the number of children.
     """
-    stats = torch.float64 if source.dtype == torch.float64 else torch.float32
+    stats = stats_dtype(source.dtype)
     result = torch.zeros_like(source)
     num_parents, num_children, channels = len(children) - 1, len(parents), source.shape[1]
     counts = children.diff().clamp(min=1)[:, None]

@@ -6,16 +6,14 @@ Importing this never imports triton.
 from __future__ import annotations
 
 import functools
-import math
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from .. import triton as triton_backend
-from ..base import LEAST_SCALE, Backend, Query, Support, aligned, copied
+from ..base import LEAST_SCALE, LOG2_E, Backend, Query, Support, aligned, copied, on, strides_of
+from ..determinism import wants_same_bits
 from .config import BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_FUSED, DTYPES, FORWARD, HEAD_DIMS, Config
-
-_LOG2_E = math.log2(math.e)
 
 
 @functools.cache
@@ -76,8 +74,8 @@ class HopperBackend(Backend):
             self.launch(
                 "attention_forward", config, items, [k, v],
                 q, k, v, out, lse, tiles, records,
-                *_strides(q, k, v, out), num_rows, heads, items,
-                max(abs(scale) * _LOG2_E, LEAST_SCALE), -1.0 if scale < 0 else 1.0,
+                *strides_of(q, k, v, out), num_rows, heads, items,
+                max(abs(scale) * LOG2_E, LEAST_SCALE), -1.0 if scale < 0 else 1.0,
             )  # fmt: skip
         return out, lse
 
@@ -87,7 +85,7 @@ class HopperBackend(Backend):
         if not has_grad_lse:
             grad_lse = lse  # never read
         q, k, v, grad_out = map(_loadable, (q, k, v, grad_out))
-        any_order = not numerics.deterministic and not torch.are_deterministic_algorithms_enabled()
+        any_order = not wants_same_bits(numerics)
         fused = head_dim in BACKWARD_FUSED and plan.sees_itself and (any_order or self.ordered)
         run = functools.partial(self._fused, ordered=not any_order) if fused else self._split
         return run(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, scale)
@@ -105,8 +103,8 @@ class HopperBackend(Backend):
             self.launch(
                 "attention_backward_dq", config, items, [k, v],
                 q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
-                *_strides(q, k, v, out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *_strides(dq),
-                num_rows, heads, items, scale, scale * _LOG2_E,
+                *strides_of(q, k, v, out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *strides_of(dq),
+                num_rows, heads, items, scale, scale * LOG2_E,
                 HAS_GRAD_LSE=has_grad_lse,
             )  # fmt: skip
 
@@ -117,7 +115,7 @@ class HopperBackend(Backend):
             self.launch(
                 "attention_backward_dkdv", config, items, [q, grad_out],
                 q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
-                *_strides(q, k, v, grad_out, dk, dv), num_rows, heads, items, scale, scale * _LOG2_E,
+                *strides_of(q, k, v, grad_out, dk, dv), num_rows, heads, items, scale, scale * LOG2_E,
             )  # fmt: skip
         return dq, dk, dv
 
@@ -134,8 +132,8 @@ class HopperBackend(Backend):
             self.launch(
                 "attention_backward_fused", config, items, [q, grad_out],
                 q, k, v, grad_out, lse, delta, dq_sum, turns, dk, dv, tiles, records,
-                *_strides(q, k, v, grad_out, dq_sum, dk, dv), num_rows, heads, items, scale, scale * _LOG2_E,
-                ORDERED=ordered, DS_STAGES=config.summer_stages, SUMMER_REGISTERS=config.summer_registers,
+                *strides_of(q, k, v, grad_out, dq_sum, dk, dv), num_rows, heads, items, scale, scale * LOG2_E,
+                ORDERED=ordered,
             )  # fmt: skip
         return dq_sum.to(q.dtype), dk, dv
 
@@ -149,7 +147,7 @@ class HopperBackend(Backend):
             args: the kernel's other arguments, up to its constants. constants: those that are not in the config.
         """
         device = loaded[0].device
-        with torch.cuda.device(device):
+        with on(device):
             kernel_named(name)[(min(items, _multiprocessors(device)),)](
                 *(_descriptor(t, config.block) for t in loaded),
                 *args,
@@ -171,6 +169,7 @@ def kernel_named(name: str):
 
 def constants_of(config: Config, head_dim: int) -> dict[str, int]:
     """A kernel's compile-time constants."""
+    reducer = {"DS_STAGES": config.reducer_stages, "REDUCER_REGISTERS": config.reducer_registers}
     return {
         "BLOCK_D": head_dim,
         "BLOCK_N": config.block,
@@ -179,12 +178,8 @@ def constants_of(config: Config, head_dim: int) -> dict[str, int]:
         "PART": config.part,
         "CONSUMER_REGISTERS": config.consumer_registers,
         "PRODUCER_REGISTERS": config.producer_registers,
+        **(reducer if config.reducer_stages else {}),
     }
-
-
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    """Row and head stride of each ``(R, H, D)`` tensor, in elements."""
-    return [stride for t in tensors for stride in t.stride()[:2]]
 
 
 def extent(t: torch.Tensor) -> tuple[int, int]:

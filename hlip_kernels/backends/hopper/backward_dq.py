@@ -1,4 +1,4 @@
-"""dQ for Hopper in Gluon: a producer of keys and values and three consumers with queries, as in :mod:`.forward`.
+"""dQ for Hopper in Gluon: a producer of keys and values, and consumers with queries, as in :mod:`.forward`.
 
 Every element is written by one consumer, without atomics: the same bits every run. The price, together with dK and dV
 (:mod:`.backward_keys`), is 7 products where one kernel that adds dQ up needs 5. Probabilities are made again from the logits
@@ -118,9 +118,9 @@ def attention_backward_dq(
 ):  # fmt: skip
     """dQ, and ``delta = rowsum(dO * O) - dLSE`` for the dK/dV kernel. Items as in the forward kernel."""
     dtype: gl.constexpr = k_desc.dtype
-    row_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
-    q_smems = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], row_layout)
-    do_smems = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], row_layout)
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
+    q_smems = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], tile_layout)
+    do_smems = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], tile_layout)
     rings = make_rings(k_desc, v_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, False)
     sources = (k_desc, v_desc, k, v, tiles, records)
     strides = (k_row, k_head, v_row, v_head, heads, num_items)

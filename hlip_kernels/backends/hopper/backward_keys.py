@@ -5,9 +5,9 @@ A program owns 128 keys and goes over the queries that see them. Each consumer m
 adds to its dK and dV: the same bits every run.
 
 With dQ, that is five products where dQ apart takes seven. What both consumers make of a tile of queries, dS, they leave in
-shared memory for a third group, the *summer*: it multiplies it with the keys and adds the result to a float32 dQ in device
+shared memory for a third group, the *reducer*: it multiplies it with the keys and adds the result to a float32 dQ in device
 memory. Several programs add to the same dQ. ``ORDERED``, they do so one after the other, by tile of keys: ``turns`` counts for
-every tile of queries how many have added, and a summer waits for its number. The same bits every run. Nobody waits long:
+every tile of queries how many have added, and a reducer waits for its number. The same bits every run. Nobody waits long:
 programs take items in order and go over queries in order, so each follows the one before it at a distance of a tile or two.
 Nobody waits for ever: the lowest item not done waits for none, and all programs run at once (a cooperative launch fails where
 they cannot). Not ordered, they add whenever they come by. Level patterns only: with others, tiles of several records meet the
@@ -42,7 +42,7 @@ def _step(
     dk_ND, dv_ND, k_smem, v_smem, ok_N, rings, statistics, handed, used, scale_log2,
     INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What query tile ``used`` adds to dK and dV, and, if there is a summer (``DS_STAGES``), its dS for that.
+    """What query tile ``used`` adds to dK and dV, and, if there is a reducer (``DS_STAGES``), its dS for that.
 
     The exponentials overlap with the product of V and dO, and the rest with that of the probabilities and dO: every wait
     follows a product that needs what was computed before it, so ptxas can move none of them up.
@@ -108,7 +108,7 @@ def _consume(
         if DS_STAGES > 0:
             _, _, empty_ds = handed
             if used > 0:
-                await_use(empty_ds, used - 1, DS_STAGES)  # the summer is done with the keys before
+                await_use(empty_ds, used - 1, DS_STAGES)  # the reducer is done with the keys before
         k_smem.store(load_rows(k + head * k_head, rows_N, k_row, d, ok_N))
         v_smem.store(load_rows(v + head * v_head, rows_N, v_row, d, ok_N))
         fence_async_shared()
@@ -211,7 +211,7 @@ def attention_backward_fused(
     q_desc, do_desc, q, k, v, grad_out, lse, delta, dq_sum, turns, dk, dv, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, sum_row, sum_head, dk_row, dk_head, dv_row, dv_head,
     num_rows, heads, num_items, scale, scale_log2,
-    ORDERED: gl.constexpr, DS_STAGES: gl.constexpr, SUMMER_REGISTERS: gl.constexpr,
+    ORDERED: gl.constexpr, DS_STAGES: gl.constexpr, REDUCER_REGISTERS: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -238,5 +238,5 @@ def attention_backward_fused(
             (_sum, (dq_sum, turns, tiles, records, sums, k_smem, handed, BLOCK_N, DS_STAGES, ORDERED)),
             (produce, (sources, rings, strides, statistics, STAGES, PART)),
         ],
-        [4, 4, 4], [CONSUMER_REGISTERS, SUMMER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 4, 4], [CONSUMER_REGISTERS, REDUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

@@ -20,7 +20,7 @@ class Config:
         block: rows of a tile of the ring. stages: tiles of the ring.
         part: rows that the loading group takes at a time where it loads by address.
         consumer_registers, producer_registers: of a thread, multiples of 8; together at most what the card has.
-        summer_registers: of the group that adds up dQ, if there is one. summer_stages: tiles handed to it.
+        reducer_registers: of the group that adds up dQ, if there is one. reducer_stages: tiles handed to it.
     """
 
     consumers: int
@@ -29,8 +29,8 @@ class Config:
     part: int
     consumer_registers: int
     producer_registers: int
-    summer_registers: int = 0
-    summer_stages: int = 0
+    reducer_registers: int = 0
+    reducer_stages: int = 0
 
     @property
     def rows(self) -> int:
@@ -40,7 +40,7 @@ class Config:
     @property
     def max_registers(self) -> int:
         """Registers a thread starts with: an equal share."""
-        groups = self.consumers + 1 + (self.summer_registers > 0)
+        groups = self.consumers + 1 + (self.reducer_registers > 0)
         return REGISTERS // (128 * groups) // 8 * 8
 
 
@@ -63,7 +63,7 @@ BACKWARD_DKDV = {
 BACKWARD_FUSED = {
     64: Config(
         consumers=2, block=64, stages=3, part=16, consumer_registers=184, producer_registers=48,
-        summer_registers=96, summer_stages=2,
+        reducer_registers=96, reducer_stages=2,
     ),
 }  # fmt: skip
 KERNELS = {

@@ -139,14 +139,14 @@ def produce_by_address(
     ``PART`` rows at a time, so that few registers hold them on their way. Zeros, because what lies beyond the record in memory
     may be NaN, and a probability of 0 times NaN is NaN.
     """
-    ROWS: gl.constexpr = smem.shape[1]
+    BLOCK: gl.constexpr = smem.shape[1]
     BLOCK_D: gl.constexpr = smem.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
     n = gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
     tile = smem.index(i % STAGES)
     await_round_before(empty, i, STAGES)
-    for part in gl.static_range(ROWS // PART):
+    for part in gl.static_range(BLOCK // PART):
         position = at + part * PART + n
         rows = row_of(position, patch, patches, prefix)
         tile.slice(part * PART, PART).store(load_rows(base, rows, row_stride, d, position < total))

@@ -5,19 +5,16 @@ Importing this module never imports triton; the kernels are loaded on first use,
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-import math
 import os
 
 import torch
 
-from ..base import LEAST_SCALE, Backend, Numerics, Query, Support
+from ..base import LEAST_SCALE, LOG2_E, Backend, Numerics, Query, Support, on, strides_of
+from ..determinism import wants_same_bits
 from . import config as tables
 from .config import DTYPES, MAX_HEAD_DIM, config_for, family_of, has_tf32
-
-_LOG2_E = math.log2(math.e)
 
 
 def interpreted() -> bool:
@@ -66,7 +63,7 @@ class TritonBackend(Backend):
         _launch(
             kernels.attention_forward, config, tiles, heads, head_dim, tf32, q.device,
             q, k, v, out, lse, tiles, records,
-            *_strides(q, k, v, out), num_rows, max(scale * _LOG2_E, LEAST_SCALE),
+            *strides_of(q, k, v, out), num_rows, max(scale * LOG2_E, LEAST_SCALE),
         )  # fmt: skip
         return out, lse
 
@@ -87,7 +84,7 @@ def is_fused(device: torch.device, dtype: torch.dtype, head_dim: int, longest: i
 
     ``longest``: the most rows one segment sees.
     """
-    if numerics.deterministic or torch.are_deterministic_algorithms_enabled() or longest < tables.FUSED_FROM:
+    if wants_same_bits(numerics) or longest < tables.FUSED_FROM:
         return False
     tf32 = numerics.allow_tf32 and has_tf32(device)
     return config_for("attention_backward_fused", dtype, head_dim, family_of(device), tf32) is not None
@@ -107,8 +104,8 @@ def _split_backward(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, s
     _launch(
         kernels.attention_backward_dq, config, tiles, heads, head_dim, tf32, q.device,
         q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
-        *_strides(q, k, v, out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *_strides(dq),
-        num_rows, scale, scale * _LOG2_E,
+        *strides_of(q, k, v, out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *strides_of(dq),
+        num_rows, scale, scale * LOG2_E,
         HAS_GRAD_LSE=has_grad_lse,
     )  # fmt: skip
 
@@ -117,7 +114,7 @@ def _split_backward(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, s
     _launch(
         kernels.attention_backward_dkdv, config, tiles, heads, head_dim, tf32, q.device,
         q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
-        *_strides(q, k, v, grad_out, dk, dv), num_rows, scale, scale * _LOG2_E,
+        *strides_of(q, k, v, grad_out, dk, dv), num_rows, scale, scale * LOG2_E,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -134,7 +131,7 @@ def _fused_backward(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, s
     _launch(
         kernels.attention_backward_fused, config, tiles, heads, head_dim, tf32, q.device,
         q, k, v, grad_out, lse, delta, dq_sum, dk, dv, tiles, records,
-        *_strides(q, k, v, grad_out, dq_sum, dk, dv), q.shape[0], scale, scale * _LOG2_E,
+        *strides_of(q, k, v, grad_out, dq_sum, dk, dv), q.shape[0], scale, scale * LOG2_E,
     )  # fmt: skip
     return dq_sum.to(q.dtype), dk, dv
 
@@ -147,23 +144,14 @@ def prepare_fused(out, grad_out, grad_lse, has_grad_lse, tf32=False) -> tuple[to
     dq_sum = torch.empty(out.shape, dtype=torch.float32, device=out.device)
     delta = torch.empty((heads, num_rows), dtype=torch.float32, device=out.device)
     config = config_for("attention_backward_delta", out.dtype, head_dim, family_of(out.device), tf32)
-    with _on(out.device):
+    with on(out.device):
         kernels.attention_backward_delta[_grid(-(-num_rows // config.block_m), heads)](
             out, grad_out, grad_lse, delta, dq_sum,
-            *_strides(out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *_strides(dq_sum), num_rows,
+            *strides_of(out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *strides_of(dq_sum), num_rows,
             HAS_GRAD_LSE=has_grad_lse, HEAD_DIM=head_dim, BLOCK_D=config.columns[0], BLOCK_E=config.columns[1],
             BLOCK_M=config.block_m, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return delta, dq_sum
-
-
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    """Row and head stride of each ``(R, H, D)`` tensor, in elements."""
-    return [stride for t in tensors for stride in t.stride()[:2]]
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _grid(blocks: int, heads: int) -> tuple[int, int]:
@@ -180,7 +168,7 @@ def _launch(kernel, config, tiles, heads, head_dim, tf32, device, *args, **const
     """One launch over real tiles only; none when there are none."""
     if len(tiles) == 0:
         return
-    with _on(device):
+    with on(device):
         kernel[_grid(len(tiles), heads)](
             *args,
             **constants,

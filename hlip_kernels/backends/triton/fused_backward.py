@@ -26,6 +26,7 @@ from .tiles import (
     row_of,
     store_tile,
     sum_over_d,
+    tile_of,
     times,
     zeros,
 )
@@ -89,14 +90,9 @@ def attention_backward_fused(
 
     ``dq_sum``: float32 ``(R, H, D)``, zeros before; ``delta``: ``(H, R)``, both from :func:`attention_backward_delta`.
     """
-    tile = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    record = records + tl.load(tiles + 2 * tile) * 8
-    start = tl.load(tiles + 2 * tile + 1)
-    k_patch, k_patches = tl.load(record), tl.load(record + 1)
-    k_prefix, k_total = tl.load(record + 2), tl.load(record + 3) + k_patches
-    q_patch, q_patches = tl.load(record + 4), tl.load(record + 5)
-    q_prefix, q_total = tl.load(record + 6), tl.load(record + 7) + q_patches
+    head, start, own, seen = tile_of(tiles, records)
+    k_patch, k_patches, k_prefix, k_total = own
+    q_patch, q_patches, q_prefix, q_total = seen
 
     m = tl.arange(0, BLOCK_M)
     j = start + tl.arange(0, BLOCK_N)

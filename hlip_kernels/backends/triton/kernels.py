@@ -22,6 +22,7 @@ from .tiles import (
     row_of,
     store_tile,
     sum_over_d,
+    tile_of,
     times,
     zeros,
 )
@@ -64,14 +65,9 @@ def attention_forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out = softmax(scale q k^T) v`` and ``lse``, for one tile of query rows of one head. The scale must be above 0."""
-    tile = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    record = records + tl.load(tiles + 2 * tile) * 8
-    start = tl.load(tiles + 2 * tile + 1)
-    q_patch, q_patches = tl.load(record), tl.load(record + 1)
-    q_prefix, q_total = tl.load(record + 2), tl.load(record + 3) + q_patches
-    k_patch, k_patches = tl.load(record + 4), tl.load(record + 5)
-    k_prefix, k_total = tl.load(record + 6), tl.load(record + 7) + k_patches
+    head, start, own, seen = tile_of(tiles, records)
+    q_patch, q_patches, q_prefix, q_total = own
+    k_patch, k_patches, k_prefix, k_total = seen
 
     n = tl.arange(0, BLOCK_N)
     i = start + tl.arange(0, BLOCK_M)
@@ -144,14 +140,9 @@ def attention_backward_dq(
     multiplied by to sum to 1 again: beside logits in the hundreds, the log-sum-exp itself is rounded by more than the error
     that float32 is held to (though not by more than TF32, which does without).
     """
-    tile = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    record = records + tl.load(tiles + 2 * tile) * 8
-    start = tl.load(tiles + 2 * tile + 1)
-    q_patch, q_patches = tl.load(record), tl.load(record + 1)
-    q_prefix, q_total = tl.load(record + 2), tl.load(record + 3) + q_patches
-    k_patch, k_patches = tl.load(record + 4), tl.load(record + 5)
-    k_prefix, k_total = tl.load(record + 6), tl.load(record + 7) + k_patches
+    head, start, own, seen = tile_of(tiles, records)
+    q_patch, q_patches, q_prefix, q_total = own
+    k_patch, k_patches, k_prefix, k_total = seen
 
     n = tl.arange(0, BLOCK_N)
     i = start + tl.arange(0, BLOCK_M)
@@ -229,14 +220,9 @@ def attention_backward_dkdv(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of key rows of one head, over the query rows that see it (transposed records)."""
-    tile = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    record = records + tl.load(tiles + 2 * tile) * 8
-    start = tl.load(tiles + 2 * tile + 1)
-    k_patch, k_patches = tl.load(record), tl.load(record + 1)
-    k_prefix, k_total = tl.load(record + 2), tl.load(record + 3) + k_patches
-    q_patch, q_patches = tl.load(record + 4), tl.load(record + 5)
-    q_prefix, q_total = tl.load(record + 6), tl.load(record + 7) + q_patches
+    head, start, own, seen = tile_of(tiles, records)
+    k_patch, k_patches, k_prefix, k_total = own
+    q_patch, q_patches, q_prefix, q_total = seen
 
     m = tl.arange(0, BLOCK_M)
     j = start + tl.arange(0, BLOCK_N)

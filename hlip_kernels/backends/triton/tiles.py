@@ -10,6 +10,25 @@ import triton.language as tl
 
 
 @triton.jit
+def tile_of(tiles, records):
+    """This program's head, where its tile begins in the record, and the rows of the record: its own, and those they see.
+
+    Rows are (first patch row, how many, first prefix row, rows in all).
+    """
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    record = records + tl.load(tiles + 2 * tile) * 8
+    start = tl.load(tiles + 2 * tile + 1)
+    return head, start, _rows(record), _rows(record + 4)
+
+
+@triton.jit
+def _rows(record):
+    patch, patches = tl.load(record), tl.load(record + 1)
+    return patch, patches, tl.load(record + 2), tl.load(record + 3) + patches
+
+
+@triton.jit
 def row_of(i, patch, patches, prefix):
     """Row of the packed buffer at position ``i`` of a record's virtual sequence."""
     return tl.where(i < patches, patch + i, prefix + (i - patches))
