@@ -112,14 +112,15 @@ def compile_kernel(kernel: str, kind: str, head_dim: int, arch: str, config: Con
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "PRECISION": "tf32" if tf32 else "ieee",
+        "MULTIPLE": 16 if head_dim % 16 == 0 else 8,
         "HAS_GRAD_LSE": False,
     }
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         signature[name] = "constexpr" if name in constants else argument_type(name, dtype)
-        # As at launch: addresses and strides of real tensors are multiples of 16.
-        stride = name.endswith(("_row", "_head")) and not name.startswith("dlse")
+        # As at launch: addresses are multiples of 16, and strides if the head dim is.
+        stride = name.endswith(("_row", "_head")) and not name.startswith("dlse") and head_dim % 16 == 0
         if signature[name].startswith("*") or stride:
             attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)

@@ -27,7 +27,7 @@ def warmup(
     """Runs attention once on zeros for every layout and level, so that no later call compiles or builds anything.
 
     Compiling depends on dtype and head dim, never on lengths: one small layout is enough for the kernels. (A gradient through
-    the log-sum-exp, or strides that are no multiples of 16, compile a variant of their own, not made here. With
+    the log-sum-exp compiles a variant of its own, not made here. With
     ``deterministic=False``, layouts whose rows see fewer than 512 keys compile another backward pass than the rest.)
     The tiles (or, for ``sdpa``, the groups) of a pattern belong to its layout: pass the layouts you will use, of a fixed
     validation set or before capturing a CUDA graph, and their first real call finds them made.

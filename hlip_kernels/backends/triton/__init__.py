@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from ..base import LEAST_SCALE, LOG2_E, Backend, Numerics, Query, Support, on, strides_of
+from ..base import LEAST_SCALE, LOG2_E, Backend, Numerics, Query, Support, copied, on, strides_of
 from ..determinism import wants_same_bits
 from . import config as tables
 from .config import DTYPES, MAX_HEAD_DIM, config_for, family_of, has_tf32
@@ -56,14 +56,14 @@ class TritonBackend(Backend):
         tf32, family = _tf32(q, numerics), family_of(q.device)
         if scale < 0:  # the kernel takes the largest logit before it scales
             q, scale = -q, -scale
+        q, k, v = map(_regular, (q, k, v))
         config = config_for("attention_forward", q.dtype, head_dim, family, tf32)
         tiles, records = plan.tiles(config.block_m, q.device)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty((heads, num_rows), dtype=torch.float32, device=q.device)
         _launch(
             kernels.attention_forward, config, tiles, heads, head_dim, tf32, q.device,
-            q, k, v, out, lse, tiles, records,
-            *strides_of(q, k, v, out), num_rows, max(scale * LOG2_E, LEAST_SCALE),
+            (q, k, v, out, lse, tiles, records), strides_of(q, k, v, out), (num_rows, max(scale * LOG2_E, LEAST_SCALE)),
         )  # fmt: skip
         return out, lse
 
@@ -71,6 +71,7 @@ class TritonBackend(Backend):
         has_grad_lse = grad_lse is not None
         if not has_grad_lse:
             grad_lse = lse  # never read
+        q, k, v, grad_out = map(_regular, (q, k, v, grad_out))
         run = _fused_backward if is_fused(q.device, q.dtype, q.shape[-1], plan.longest, numerics) else _split_backward
         return run(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, scale, _tf32(q, numerics))
 
@@ -103,9 +104,8 @@ def _split_backward(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, s
     tiles, records = plan.tiles(config.block_m, q.device)
     _launch(
         kernels.attention_backward_dq, config, tiles, heads, head_dim, tf32, q.device,
-        q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
-        *strides_of(q, k, v, out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *strides_of(dq),
-        num_rows, scale, scale * LOG2_E,
+        (q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records), strides_of(q, k, v, out, grad_out, dq),
+        (*grad_lse.stride(), num_rows, scale, scale * LOG2_E),
         HAS_GRAD_LSE=has_grad_lse,
     )  # fmt: skip
 
@@ -113,8 +113,8 @@ def _split_backward(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, s
     tiles, records = plan.tiles(config.block_n, q.device, transposed=True)
     _launch(
         kernels.attention_backward_dkdv, config, tiles, heads, head_dim, tf32, q.device,
-        q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
-        *strides_of(q, k, v, grad_out, dk, dv), num_rows, scale, scale * LOG2_E,
+        (q, k, v, grad_out, lse, delta, dk, dv, tiles, records), strides_of(q, k, v, grad_out, dk, dv),
+        (num_rows, scale, scale * LOG2_E),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -130,8 +130,8 @@ def _fused_backward(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, s
     tiles, records = plan.tiles(config.block_n, q.device, transposed=True)
     _launch(
         kernels.attention_backward_fused, config, tiles, heads, head_dim, tf32, q.device,
-        q, k, v, grad_out, lse, delta, dq_sum, dk, dv, tiles, records,
-        *strides_of(q, k, v, grad_out, dq_sum, dk, dv), q.shape[0], scale, scale * LOG2_E,
+        (q, k, v, grad_out, lse, delta, dq_sum, dk, dv, tiles, records), strides_of(q, k, v, grad_out, dq_sum, dk, dv),
+        (q.shape[0], scale, scale * LOG2_E),
     )  # fmt: skip
     return dq_sum.to(q.dtype), dk, dv
 
@@ -144,12 +144,13 @@ def prepare_fused(out, grad_out, grad_lse, has_grad_lse, tf32=False) -> tuple[to
     dq_sum = torch.empty(out.shape, dtype=torch.float32, device=out.device)
     delta = torch.empty((heads, num_rows), dtype=torch.float32, device=out.device)
     config = config_for("attention_backward_delta", out.dtype, head_dim, family_of(out.device), tf32)
+    strides = strides_of(out, grad_out, dq_sum)
     with on(out.device):
         kernels.attention_backward_delta[_grid(-(-num_rows // config.block_m), heads)](
-            out, grad_out, grad_lse, delta, dq_sum,
-            *strides_of(out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *strides_of(dq_sum), num_rows,
+            out, grad_out, grad_lse, delta, dq_sum, *strides, *grad_lse.stride(), num_rows,
             HAS_GRAD_LSE=has_grad_lse, HEAD_DIM=head_dim, BLOCK_D=config.columns[0], BLOCK_E=config.columns[1],
-            BLOCK_M=config.block_m, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            BLOCK_M=config.block_m, MULTIPLE=_multiple(strides),
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return delta, dq_sum
 
@@ -164,13 +165,30 @@ def _grid(blocks: int, heads: int) -> tuple[int, int]:
     return blocks, heads
 
 
-def _launch(kernel, config, tiles, heads, head_dim, tf32, device, *args, **constants) -> None:
+def _regular(t: torch.Tensor) -> torch.Tensor:
+    """An ``(R, H, D)`` tensor, or a copy if its rows and heads do not begin at multiples of 8 elements, as in projections.
+
+    What the compiler makes of other strides loads element by element, and spills. (A head dim that is no multiple of 8 gets
+    that all the same.)
+    """
+    fits = t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.stride(1) % 8 == 0
+    return t if fits or t.shape[-1] % 8 else copied(t)
+
+
+def _multiple(strides: list[int]) -> int:
+    """What they all are multiples of, as far as the kernels want to know: 16, 8 or 1."""
+    return next(m for m in (16, 8, 1) if not any(stride % m for stride in strides))
+
+
+def _launch(kernel, config, tiles, heads, head_dim, tf32, device, tensors, strides, numbers, **constants) -> None:
     """One launch over real tiles only; none when there are none."""
     if len(tiles) == 0:
         return
     with on(device):
         kernel[_grid(len(tiles), heads)](
-            *args,
+            *tensors,
+            *strides,
+            *numbers,
             **constants,
             HEAD_DIM=head_dim,
             BLOCK_D=config.columns[0],
@@ -178,6 +196,7 @@ def _launch(kernel, config, tiles, heads, head_dim, tf32, device, *args, **const
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             PRECISION="tf32" if tf32 else "ieee",
+            MULTIPLE=_multiple(strides),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=True,

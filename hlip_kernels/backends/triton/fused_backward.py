@@ -25,6 +25,7 @@ from .tiles import (
     operand,
     row_of,
     store_tile,
+    strides,
     sum_over_d,
     tile_of,
     times,
@@ -35,10 +36,14 @@ from .tiles import (
 @triton.jit(do_not_specialize=["num_rows", "dlse_head"])  # they change with every batch
 def attention_backward_delta(
     out, grad_out, grad_lse, delta, dq_sum,
-    out_row, out_head, do_row, do_head, dlse_head, dlse_row, sum_row, sum_head, num_rows,
+    out_row, out_head, do_row, do_head, sum_row, sum_head, dlse_head, dlse_row, num_rows,
     HAS_GRAD_LSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """``delta = rowsum(dO * O) - dLSE`` of a block of rows of one head, and zeros where their dQ will be summed."""
+    out_row, out_head = strides(out_row, out_head, MULTIPLE)
+    do_row, do_head = strides(do_row, do_head, MULTIPLE)
+    sum_row, sum_head = strides(sum_row, sum_head, MULTIPLE)
     head = tl.program_id(1).to(tl.int64)
     rows_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok_M = rows_M < num_rows
@@ -84,12 +89,19 @@ def attention_backward_fused(
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, sum_row, sum_head, dk_row, dk_head, dv_row, dv_head,
     num_rows, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of key rows of one head, and what it adds to dQ of the query rows that see it.
 
     ``dq_sum``: float32 ``(R, H, D)``, zeros before; ``delta``: ``(H, R)``, both from :func:`attention_backward_delta`.
     """
+    q_row, q_head = strides(q_row, q_head, MULTIPLE)
+    k_row, k_head = strides(k_row, k_head, MULTIPLE)
+    v_row, v_head = strides(v_row, v_head, MULTIPLE)
+    do_row, do_head = strides(do_row, do_head, MULTIPLE)
+    sum_row, sum_head = strides(sum_row, sum_head, MULTIPLE)
+    dk_row, dk_head = strides(dk_row, dk_head, MULTIPLE)
+    dv_row, dv_head = strides(dv_row, dv_head, MULTIPLE)
     head, start, own, seen = tile_of(tiles, records)
     k_patch, k_patches, k_prefix, k_total = own
     q_patch, q_patches, q_prefix, q_total = seen

@@ -21,6 +21,7 @@ from .tiles import (
     over,
     row_of,
     store_tile,
+    strides,
     sum_over_d,
     tile_of,
     times,
@@ -62,9 +63,13 @@ def attention_forward(
     q, k, v, out, lse, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, num_rows, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """``out = softmax(scale q k^T) v`` and ``lse``, for one tile of query rows of one head. The scale must be above 0."""
+    q_row, q_head = strides(q_row, q_head, MULTIPLE)
+    k_row, k_head = strides(k_row, k_head, MULTIPLE)
+    v_row, v_head = strides(v_row, v_head, MULTIPLE)
+    out_row, out_head = strides(out_row, out_head, MULTIPLE)
     head, start, own, seen = tile_of(tiles, records)
     q_patch, q_patches, q_prefix, q_total = own
     k_patch, k_patches, k_prefix, k_total = seen
@@ -128,11 +133,11 @@ def _dq_step(
 @triton.jit(do_not_specialize=["num_rows", "dlse_head"])  # they change with every batch
 def attention_backward_dq(
     q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
-    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, do_row, do_head, dlse_head, dlse_row, dq_row, dq_head,
-    num_rows, scale, scale_log2,
+    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, do_row, do_head, dq_row, dq_head,
+    dlse_head, dlse_row, num_rows, scale, scale_log2,
     HAS_GRAD_LSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of query rows of one head; also writes ``delta = rowsum(dO * O) - dLSE`` for the dK/dV kernel.
 
@@ -140,6 +145,12 @@ def attention_backward_dq(
     multiplied by to sum to 1 again: beside logits in the hundreds, the log-sum-exp itself is rounded by more than the error
     that float32 is held to (though not by more than TF32, which does without).
     """
+    q_row, q_head = strides(q_row, q_head, MULTIPLE)
+    k_row, k_head = strides(k_row, k_head, MULTIPLE)
+    v_row, v_head = strides(v_row, v_head, MULTIPLE)
+    out_row, out_head = strides(out_row, out_head, MULTIPLE)
+    do_row, do_head = strides(do_row, do_head, MULTIPLE)
+    dq_row, dq_head = strides(dq_row, dq_head, MULTIPLE)
     head, start, own, seen = tile_of(tiles, records)
     q_patch, q_patches, q_prefix, q_total = own
     k_patch, k_patches, k_prefix, k_total = seen
@@ -217,9 +228,15 @@ def attention_backward_dkdv(
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, dk_row, dk_head, dv_row, dv_head,
     num_rows, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of key rows of one head, over the query rows that see it (transposed records)."""
+    q_row, q_head = strides(q_row, q_head, MULTIPLE)
+    k_row, k_head = strides(k_row, k_head, MULTIPLE)
+    v_row, v_head = strides(v_row, v_head, MULTIPLE)
+    do_row, do_head = strides(do_row, do_head, MULTIPLE)
+    dk_row, dk_head = strides(dk_row, dk_head, MULTIPLE)
+    dv_row, dv_head = strides(dv_row, dv_head, MULTIPLE)
     head, start, own, seen = tile_of(tiles, records)
     k_patch, k_patches, k_prefix, k_total = own
     q_patch, q_patches, q_prefix, q_total = seen

@@ -29,6 +29,17 @@ def _rows(record):
 
 
 @triton.jit
+def strides(row, head, MULTIPLE: tl.constexpr):
+    """Row and head stride of a tensor, for the compiler to know that they are multiples of 8: then 8 elements are one load.
+
+    Multiples of 16 it finds out by itself at launch. But the head stride of a packed projection is the head dim, 72 say.
+    """
+    if MULTIPLE == 8:
+        row, head = row // 8 * 8, head // 8 * 8
+    return row, head
+
+
+@triton.jit
 def row_of(i, patch, patches, prefix):
     """Row of the packed buffer at position ``i`` of a record's virtual sequence."""
     return tl.where(i < patches, patch + i, prefix + (i - patches))
