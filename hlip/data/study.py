@@ -138,9 +138,11 @@ class Study:
 def clean_text(value: object, length: int = NAME_LENGTH) -> str:
     """Text from a header or a file name, safe to print: one line, no control, escape or direction characters.
 
-    Letters of any script stay. Longer text is cut and ends in "...".
+    Letters of any script stay. Bytes of a file name that are not UTF-8 are shown as "\\xe9". Longer text is cut and
+    ends in "...".
     """
-    text = unicodedata.normalize("NFC", str(value))
+    text = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", str(value))
+    text = unicodedata.normalize("NFC", text)
     # Category C: control, format (bidirectional overrides), surrogate, private use, unassigned.
     text = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
     text = re.sub(r" +", " ", text).strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,16 @@ import numpy as np
 import SimpleITK as sitk
 
 from .find import stem
-from .nifti import NiftiError, check_content, read_nifti_header
+from .metaimage import MetaImageError, metaimage_header_for_itk
+from .nifti import NiftiError, NiftiHeader, check_content, read_nifti_header
+from .nrrd import NrrdError, nrrd_header_for_itk
 from .pixels import finite
 from .quiet import quiet
 from .study import Limits, Scan, Skipped, clean_text
 
-_READERS = {".nii": "NiftiImageIO", ".gz": "NiftiImageIO", ".mha": "MetaImageIO", ".nrrd": "NrrdImageIO"}
+_READERS = {".nii": "NiftiImageIO", ".gz": "NiftiImageIO", ".mhd": "MetaImageIO", ".nhdr": "NrrdImageIO"}
+# Formats whose headers can name other files: ITK is shown a header made here.
+_REWRITTEN = {".mha": (".mhd", metaimage_header_for_itk), ".nrrd": (".nhdr", nrrd_header_for_itk)}
 
 
 class VolumeError(ValueError):
@@ -39,7 +44,7 @@ def read_volume(path: Path, uid: str, limits: Limits) -> list[Scan | Skipped]:
         except _ShearedAxes as error:
             with _sheared_axes_allowed():
                 return _read(path, uid, limits, [str(error)])
-    except (VolumeError, NiftiError) as error:
+    except (VolumeError, MetaImageError, NiftiError, NrrdError) as error:
         return [Skipped(path, str(error))]
     except Exception as error:  # SimpleITK, memory, file system
         lines = str(error).strip().splitlines()
@@ -47,22 +52,26 @@ def read_volume(path: Path, uid: str, limits: Limits) -> list[Scan | Skipped]:
 
 
 def _read(path: Path, uid: str, limits: Limits, notes: list[str]) -> list[Scan | Skipped]:
-    nifti = _READERS[path.suffix.lower()] == "NiftiImageIO"
-    if nifti:
+    header = None
+    if path.name.lower().endswith((".nii", ".nii.gz")):
         header = read_nifti_header(path)
         if not header.has_sizes:
             notes.append("no valid voxel size in the header: 1 mm is assumed")
         if not header.has_orientation:
             notes.append("no orientation in the header: the stored axes are taken for it")
-    else:
-        _refuse_data_elsewhere(path)
-    reader = _opened(path)
+    with _alone(path) as place:
+        return _scans(path, _opened(place), header, uid, limits, notes)
+
+
+def _scans(
+    path: Path, reader: sitk.ImageFileReader, header: NiftiHeader | None, uid: str, limits: Limits, notes: list[str]
+) -> list[Scan | Skipped]:
     size = list(reader.GetSize())
     _refuse_other_shapes(size, reader.GetNumberOfComponents(), limits)
     volumes = math.prod(size[3:])
     kept = min(volumes, limits.max_volumes)
     each = math.prod(size[:3])
-    bad = check_content(path, header, kept * each) if nifti else np.empty(0, np.int64)
+    bad = check_content(path, header, kept * each) if header else np.empty(0, np.int64)
     name = clean_text(stem(path)) or "scan without name"
     found: list[Scan | Skipped] = []
     for i in range(kept):
@@ -82,10 +91,29 @@ def _read(path: Path, uid: str, limits: Limits, notes: list[str]) -> list[Scan |
     return found
 
 
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """A link to the file in a folder of its own, with nothing else there for ITK to read.
+
+    ITK ends the process at a name that is not UTF-8, takes the voxels of "a.nii.gz" from an "a.nii" beside it, and
+    follows the headers of MetaImage and NRRD files to any other file.
+    """
+    ending = path.name[len(stem(path)) :].lower()
+    with tempfile.TemporaryDirectory(prefix="hlip-") as folder:
+        place = Path(folder, f"scan{ending}")
+        place.symlink_to(path.absolute())
+        if ending in _REWRITTEN:
+            other, header_of = _REWRITTEN[ending]
+            header = header_of(place, place.name)
+            place = place.with_suffix(other)
+            place.write_text(header, encoding="ascii")
+        yield place
+
+
 def _opened(path: Path) -> sitk.ImageFileReader:
     """A reader that has read the header."""
     reader = sitk.ImageFileReader()
-    reader.SetImageIO(_READERS[path.suffix.lower()])
+    reader.SetImageIO(_READERS[path.suffix])
     reader.SetFileName(str(path))
     try:
         with quiet():
@@ -93,7 +121,7 @@ def _opened(path: Path) -> sitk.ImageFileReader:
     except RuntimeError as error:
         if "orthonormal" in str(error):
             raise _ShearedAxes("axes not at right angles: the nearest right-angled ones are used") from None
-        raise VolumeError(f"not a readable {path.suffix.lstrip('.')} file (damaged, or another format)") from None
+        raise VolumeError("not a readable image file (damaged, or another format)") from None
     return reader
 
 
@@ -151,21 +179,3 @@ def _finite(image: sitk.Image, bad: np.ndarray, notes: list[str]) -> sitk.Image 
     fixed = sitk.GetImageFromArray(clean)
     fixed.CopyInformation(image)
     return fixed
-
-
-def _refuse_data_elsewhere(path: Path) -> None:
-    """MetaImage and NRRD headers can name other files as the place of their voxels: never follow them."""
-    with open(path, "rb") as file:
-        head = file.read(1 << 16)
-    if path.suffix.lower() == ".nrrd":
-        if not head.startswith(b"NRRD"):
-            raise VolumeError("not a NRRD file (empty, damaged, or another format)")
-        lines = head.partition(b"\n\n")[0].replace(b"\r", b"").split(b"\n")
-        if any(line.lower().replace(b" ", b"").startswith(b"datafile:") for line in lines):
-            raise VolumeError("its voxels are in another file, which is not followed: save as a single .nrrd file")
-        return
-    values = [line.partition(b"=")[2].strip() for line in head.split(b"\n") if line.startswith(b"ElementDataFile")]
-    if not values:
-        raise VolumeError("not a MetaImage file (empty, damaged, or another format)")
-    if values[0].upper() != b"LOCAL":
-        raise VolumeError("its voxels are in another file, which is not followed: save as a single .mha file")
