@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+import torch.nn.functional as F
 from data_files import DATA, real
 
 from hlip.data import PRESETS, Preset, Scan, Study, Window, auto_preset, prepare, read_study
@@ -238,12 +239,33 @@ def test_errors_say_what_to_do():
         prepare(scan(noise((3, 4, 5))), "brain")
     with pytest.raises(ValueError, match="is its spacing right"):
         prepare(scan(noise((3, 4, 5)), (1e5, 1e5, 1e5)), "chest-ct")
+    with pytest.raises(ValueError, match="slices of 3 x 9000, padded to a square, are too large to resize"):
+        prepare(scan(noise((3, 3, 9000)), (5, 1, 1)), "mri")
+    with pytest.raises(ValueError, match="11000 slices would become 11000 slices of 224 x 224, more than 512 MB"):
+        prepare(scan(noise((11000, 3, 3)), (5, 1, 1)), "mri")
     with pytest.raises(ValueError, match="either percentiles or windows"):
         Preset("x", "nowhere")
     with pytest.raises(ValueError, match="depth_by is one of"):
         Preset("x", "nowhere", windows=(Window("", 0, 1),), depth_by="luck")
     with pytest.raises(ValueError, match="torch.uint8 or torch.float32"):
         Preset("x", "nowhere", windows=(Window("", 0, 1),), dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "most"),
+    [("mri", 400, 2 * 400 * 400), ("chest-ct", 4000, 112 * 336 * 336), ("chest-ct-ragged", 4000, 60 * 336 * 336)],
+)
+def test_long_slices_take_little_memory(name, columns, most, monkeypatch):
+    """Counts the elements of all that is made on the way: 10 times more if all slices were padded to squares at once."""
+    s = scan(noise((60, 3, columns), np.uint8), (3, 1, 1))
+    before = prepare(s, name)[0].voxels
+    made = []
+    for function in ("pad", "interpolate"):
+        plain = getattr(F, function)
+        monkeypatch.setattr(F, function, lambda *a, f=plain, **k: made.append((r := f(*a, **k)).numel()) or r)
+    monkeypatch.setattr("hlip.data.preprocess._PIXELS_AT_ONCE", 2 * 400 * 400)
+    assert torch.equal(prepare(s, name)[0].voxels, before)
+    assert max(made) <= most
 
 
 def test_presets_are_named_by_their_keys_and_give_their_source():

@@ -2,14 +2,12 @@
 
 from .find import find_studies
 from .guess import Guess, auto_preset
-from .preprocess import MEAN, PRESETS, STD, Prepared, Preset, Window, prepare
+from .preprocess import PRESETS, Prepared, Preset, Window, prepare
 from .read import iter_study, read_study
 from .study import Limits, Scan, Skipped, Study, StudyError
 
 __all__ = [
-    "MEAN",
     "PRESETS",
-    "STD",
     "Guess",
     "Limits",
     "Prepared",

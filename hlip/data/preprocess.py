@@ -2,7 +2,7 @@
 
 Published presets give the same values, bit for bit, as the preparation of the HLIP repository (Zch0414/hlip; arXiv
 2505.21862) on images that its readers accept. Ragged presets do the same to each slice and keep every slice.
-The model subtracts ``MEAN`` and divides by ``STD`` itself; nothing here does.
+The model subtracts its mean and divides by its standard deviation itself; nothing here does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from .study import Scan
 
-# Means of the ImageNet mean and standard deviation, for values in [0, 1]: what every published model is trained with.
-MEAN, STD = 0.449, 0.226
-
-# Slices resized at once: bounds the float32 copy of a long scan, and does not change a bit of the result.
+# Slices resized at once, and their pixels: bounds the float32 copy, and does not change a bit of the result.
 _SLICES_AT_ONCE = 64
-# A wrong spacing in a header must not ask for more memory than there is.
-_MOST_VOXELS = 2**30
+_PIXELS_AT_ONCE = 2**26
+# A small file must not ask for more memory than there is, by a wrong spacing or by sides of very different length.
+_MOST_VOXELS = 2**30  # of a resampled scan
+_MOST_PIXELS = 2**26  # of a slice padded to a square: 8192 x 8192
+_MOST_BYTES = 2**29  # of a result: 10699 slices of 224 x 224 in uint8, 1189 of 336 x 336 in float32
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def prepare(scan: Scan, preset: str | Preset) -> list[Prepared]:
         preset: a name in ``PRESETS``, or a ``Preset`` (``dataclasses.replace(PRESETS["mri"], max_slices=64)``).
 
     Raises:
-        ValueError: there is no preset of that name; or the scan is metres wide and would have to be resampled.
+        ValueError: there is no preset of that name; or the scan is metres wide and would have to be resampled; or it
+            has slices beyond 8192 pixels on a side, or by the thousand, that would take hundreds of megabytes.
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
@@ -242,10 +243,18 @@ def _sized(values: Tensor, spacing: tuple[float, ...], preset: Preset) -> tuple[
         # Picking slices before resizing them is the same as after, and less work.
         values = values[_nearest(depth, slices)]
         mm[0] *= depth / slices
+    elif slices is not None:  # so is cutting them before
+        values = _middle(values, 0, slices)
+    side = max(rows, columns)
+    if preset.resize and side**2 > _MOST_PIXELS:
+        raise ValueError(f"slices of {rows} x {columns}, padded to a square, are too large to resize: is this a scan?")
+    if len(values) * preset.crop**2 * preset.dtype.itemsize > _MOST_BYTES:
+        made = f"{len(values)} slices of {preset.crop} x {preset.crop}, more than {_MOST_BYTES >> 20} MB"
+        raise ValueError(f"a scan of {depth} slices would become {made}: is this a scan? (max_slices of a preset thins it)")
     if preset.resize:
-        mm[1:] = [each * max(rows, columns) / preset.resize for each in mm[1:]]
+        mm[1:] = [each * side / preset.resize for each in mm[1:]]
     parts = []
-    for part in values.split(_SLICES_AT_ONCE):
+    for part in values.split(max(1, min(_SLICES_AT_ONCE, _PIXELS_AT_ONCE // side**2))):
         part = part.float() / 255 if part.dtype == torch.uint8 else part
         if preset.resize:
             part = _square(part[None])
@@ -272,8 +281,14 @@ def _square(values: Tensor) -> Tensor:
 
 
 def _centred(values: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Pad with 0 where smaller, then cut the centre: (D, H, W) -> ``size``."""
-    short = [max(to - n, 0) for n, to in zip(values.shape, size, strict=True)]
-    values = F.pad(values, [pad for n in reversed(short) for pad in (n // 2, n - n // 2)])
-    start = [(n - to) // 2 for n, to in zip(values.shape, size, strict=True)]
-    return values[tuple(slice(i, i + to) for i, to in zip(start, size, strict=True))]
+    """Cut the centre where larger, then pad with 0: (D, H, W) -> ``size``."""
+    for axis, to in enumerate(size):
+        values = _middle(values, axis, to)
+    short = [to - n for n, to in zip(values.shape, size, strict=True)]
+    return F.pad(values, [pad for n in reversed(short) for pad in (n // 2, n - n // 2)])
+
+
+def _middle(values: Tensor, axis: int, most: int) -> Tensor:
+    """At most so many of an axis, from its middle: a view."""
+    extra = max(values.shape[axis] - most, 0)
+    return values.narrow(axis, extra // 2, values.shape[axis] - extra)
