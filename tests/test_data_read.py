@@ -198,15 +198,17 @@ def test_links_and_pipes(tmp_path):
     assert [s.name for s in found.scans] == ["near"]
     text = reasons(found)
     for line in (
-        "folder: a link to a folder: not followed",
-        "loop: a link to a folder: not followed",
-        "file.nii.gz: a link that leaves the study folder",
+        "folder: a link to a folder elsewhere: not followed (follow_links does: ",
+        "loop: a link to another folder of this study",
+        "file.nii.gz: a link that leaves the study folder: not followed (follow_links does: ",
         "again.nii.gz: a link to another file of this study",
         "dead.nii.gz: a broken link",
         "pipe.nii.gz: not a regular file",
     ):
         assert line in text
-    assert [s.name for s in read_study(study, follow_links=True).scans] == ["file", "near"]
+    followed = read_study(study, follow_links=True)
+    assert [s.name for s in followed.scans] == ["scan", "file", "near"]
+    assert "folder/far.nii.gz: a link to another file of this study" in reasons(followed)
 
 
 def test_iter_study_gives_the_same_one_at_a_time(tmp_path):

@@ -6,7 +6,8 @@ import sys
 
 from hlip_kernels import patch_grids
 
-from ..data import PRESETS, StudyError, auto_preset, prepare, read_study
+from ..data import PRESETS, Study, StudyError, auto_preset, prepare, read_study
+from ..data.study import clean_text
 from ..model import variant
 from .paths import studies_at
 
@@ -18,31 +19,44 @@ def info(args) -> int:
         return 0
     if not args.paths:
         raise ValueError("name at least one study: a folder with DICOM or NIfTI files, or a file (or --presets)")
-    config = variant(args.model).encoder
-    paths, failed = studies_at(args.paths)
+    if args.preset != "auto" and args.preset not in PRESETS:
+        raise ValueError(f"no preset named {args.preset!r}: choose one of auto, {', '.join(PRESETS)}")
+    patch = variant(args.model).encoder.patch_size
+    paths, failed = studies_at(args.paths, args.follow_links)
     for path in paths:
         try:
-            study = read_study(path)
+            study = read_study(path, follow_links=args.follow_links)
+            print(study)
+            tokens = _print_prepared(study, args.preset, patch)
+            print(f"  {tokens} tokens in all, patches of {' x '.join(map(str, patch))} voxels ({args.model})\n")
         except StudyError as error:
             print(f"{error}\n", file=sys.stderr)
             failed += 1
-            continue
-        print(study)
-        name, reason = (args.preset, "as asked") if args.preset != "auto" else auto_preset(study)
-        print(f"  prepared as {name!r}: {reason}")
-        tokens = 0
-        for scan in study.scans:
-            for prepared in prepare(scan, name):
-                shape = tuple(prepared.voxels.shape)
-                (grid,) = patch_grids([shape], config.patch_size)
-                count = grid[0] * grid[1] * grid[2]
-                tokens += count
-                size, patches = " x ".join(map(str, shape)), " x ".join(map(str, grid))
-                spacing = " x ".join(f"{mm:.3g}" for mm in prepared.spacing)
-                print(f"    {prepared.name}: {prepared.plane}, {size} voxels of {spacing} mm -> {patches} = {count} tokens")
-        patch = " x ".join(map(str, config.patch_size))
-        print(f"  {tokens} tokens in all, patches of {patch} voxels ({args.model})\n")
+        except Exception as error:  # whatever is wrong with one study: the others are still shown
+            print(f"{clean_text(path, 400)} cannot be prepared: {error or type(error).__name__}\n", file=sys.stderr)
+            failed += 1
     return 1 if failed else 0
+
+
+def _print_prepared(study: Study, preset: str, patch: tuple[int, int, int]) -> int:
+    """One line for each prepared volume; returns their tokens."""
+    name, reason = (preset, "as asked") if preset != "auto" else auto_preset(study)
+    print(f"  prepared as {name!r}: {reason}")
+    tokens = 0
+    for scan in study.scans:
+        try:
+            volumes = prepare(scan, name)
+        except ValueError as error:
+            raise ValueError(f"{scan.name}: {error}") from None
+        for prepared in volumes:
+            shape = tuple(prepared.voxels.shape)
+            (grid,) = patch_grids([shape], patch)
+            count = grid[0] * grid[1] * grid[2]
+            tokens += count
+            size, patches = " x ".join(map(str, shape)), " x ".join(map(str, grid))
+            spacing = " x ".join(f"{mm:.3g}" for mm in prepared.spacing)
+            print(f"    {prepared.name}: {prepared.plane}, {size} voxels of {spacing} mm -> {patches} = {count} tokens")
+    return tokens
 
 
 def print_presets() -> None:

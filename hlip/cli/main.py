@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="clip-vit_base-scan_study-dualdinotxt1568", help="count tokens for this published model")
     p.add_argument("--preset", default="auto", help="how scans are prepared (default: guessed from the study)")
     p.add_argument("--presets", action="store_true", help="list the presets and stop")
+    _links(p)
 
     p = _command(commands, "embed", "turn studies into vectors", _embed)
     p.add_argument("paths", nargs="+", metavar="PATH", help="studies' folders or files; or folders of studies")
@@ -105,6 +106,10 @@ def _command(commands, name: str, what: str, function) -> argparse.ArgumentParse
     p = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     p.set_defaults(run_command=function)
     return p
+
+
+def _links(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--follow-links", action="store_true", help="follow links that lead out of the folders, as of DataLad")
 
 
 def _device(p: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..data import StudyError, find_studies
 
 
-def studies_at(paths: Sequence[str]) -> tuple[list[Path], int]:
+def studies_at(paths: Sequence[str], follow_links: bool = False) -> tuple[list[Path], int]:
     """The studies under all paths, and how many paths hold none (each is named on stderr; the rest goes on).
 
     Raises:
@@ -19,7 +19,7 @@ def studies_at(paths: Sequence[str]) -> tuple[list[Path], int]:
     failed = 0
     for path in paths:
         try:
-            found += [study for study in find_studies(path) if study not in found]
+            found += [study for study in find_studies(path, follow_links=follow_links) if study not in found]
         except StudyError as error:
             print(f"{error}\n", file=sys.stderr)
             failed += 1

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from .dicom import looks_like_dicom, study_uid
-from .study import Skipped, StudyError, clean_text
+from .study import Skipped, StudyError, clean_text, count, summarise
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd")
 # Folder names by which BIDS sorts the scans of one session.
 BIDS_FOLDERS = {"anat", "dwi", "func", "fmap", "perf", "pet", "swi"}
+
+# The end of the reason why a link is passed over: how to have it followed.
+NOT_FOLLOWED = "not followed (follow_links does: --follow-links; data.follow_links in a config; a parameter in Python)"
+
+log = logging.getLogger(__name__)
 
 
 def is_volume(path: Path) -> bool:
@@ -40,30 +46,30 @@ def is_label_name(name: str) -> bool:
 def list_files(root: Path, follow_links: bool = False) -> tuple[list[Path], list[Skipped]]:
     """All regular files under a folder, sorted by path, and what was passed over.
 
-    Links are not followed: a linked folder never, a linked file only if it stays inside the folder (where it is
-    met anyway) or if ``follow_links`` is set. Pipes, devices and hidden files are passed over.
+    A link that stays inside the folder leads to what is met anyway, and is passed over; so are pipes, devices and all
+    that is hidden. A link that leads out of the folder, to a file or to a folder, is only followed with
+    ``follow_links``; never to a folder around this one. Nothing is listed twice.
     """
     home = root.resolve()
     files: list[Path] = []
     skipped: list[Skipped] = []
-    seen: set[Path] = set()
+    seen: set[Path] = set()  # where links have led, so that loops end
 
     def failed(error: OSError) -> None:
         skipped.append(Skipped(Path(error.filename or root), f"folder cannot be opened: {clean_text(error.strerror)}"))
 
-    for folder, subfolders, names in os.walk(root, onerror=failed):
+    for folder, subfolders, names in os.walk(root, onerror=failed, followlinks=follow_links):
         kept = []
         for name in sorted(subfolders):
-            if os.path.islink(os.path.join(folder, name)):
-                skipped.append(Skipped(Path(folder, name), "a link to a folder: not followed"))
-            elif name.startswith("."):
-                skipped.append(Skipped(Path(folder, name), "a hidden folder"))
+            reason = _why_not_folder(Path(folder, name), home, follow_links, seen)
+            if reason:
+                skipped.append(Skipped(Path(folder, name), reason))
             else:
                 kept.append(name)
         subfolders[:] = kept
         for name in sorted(names):
             path = Path(folder, name)
-            reason = _why_not_file(path, home, follow_links, seen)
+            reason = _why_not_file(path, home / path.relative_to(root), home, follow_links, seen)
             if reason:
                 skipped.append(Skipped(path, reason))
             else:
@@ -71,25 +77,59 @@ def list_files(root: Path, follow_links: bool = False) -> tuple[list[Path], list
     return files, skipped
 
 
-def _why_not_file(path: Path, home: Path, follow_links: bool, seen: set[Path]) -> str:
+def _why_not_folder(path: Path, home: Path, follow_links: bool, seen: set[Path]) -> str:
+    if path.name.startswith("."):
+        return "a hidden folder"
+    if not path.is_symlink():
+        return ""
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return _broken(path)
+    if _is_met(target, home):
+        return "a link to another folder of this study"
+    if home.is_relative_to(target):
+        return "a link to a folder around this study: never followed"
+    if not follow_links:
+        return f"a link to a folder elsewhere: {NOT_FOLLOWED}"
+    if target in seen:
+        return "a link to a folder that another link leads to"
+    seen.add(target)
+    return ""
+
+
+def _why_not_file(path: Path, plain: Path, home: Path, follow_links: bool, seen: set[Path]) -> str:
+    """``plain``: where the file is if no link leads to it."""
     if path.name.startswith("."):
         return "a hidden file"
     try:
-        linked, target = path.is_symlink(), path.resolve(strict=True)
+        target = path.resolve(strict=True)
     except (OSError, RuntimeError):
-        return "a broken link" if path.is_symlink() else "the file cannot be opened"
+        return _broken(path) if path.is_symlink() else "the file cannot be opened"
+    linked = target != plain
     if linked and not follow_links and not target.is_relative_to(home):
-        return "a link that leaves the study folder: not followed (follow_links=True follows it)"
+        return f"a link that leaves the study folder: {NOT_FOLLOWED}"
     if not target.is_file():
         return "not a regular file"
     if linked:
-        if target in seen or (target.is_relative_to(home) and not target.name.startswith(".")):
+        if target in seen or _is_met(target, home):
             return "a link to another file of this study"
         seen.add(target)
     return ""
 
 
-def find_studies(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
+def _is_met(target: Path, home: Path) -> bool:
+    """Whether a place is inside the folder, and not hidden there: then it is met without a link."""
+    return target.is_relative_to(home) and not any(p.startswith(".") for p in target.relative_to(home).parts)
+
+
+def _broken(path: Path) -> str:
+    if "annex" in Path(os.readlink(path)).parts:
+        return "its content has not been fetched (git-annex or DataLad: git annex get, datalad get)"
+    return "a broken link"
+
+
+def find_studies(paths: str | os.PathLike | Iterable[str | os.PathLike], *, follow_links: bool = False) -> list[Path]:
     """The paths to give to ``read_study``, one per study, sorted, none inside another.
 
     A file is a study. Under a folder:
@@ -102,24 +142,40 @@ def find_studies(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list
     A folder per scan ("patient/T1/scan.nii.gz") cannot be told from a folder per patient: name such studies one by
     one. Files of several studies in one flat folder are read as one study, with a note.
 
+    Args:
+        paths: one or several; a path that is a link itself is always followed.
+        follow_links: follow links that lead out of the given folder, as ``read_study`` does with the same option.
+            Without it, a warning tells how many there were outside of studies.
+
     Raises:
-        StudyError: a path that does not exist, or no image under any of them.
+        StudyError: a path that does not exist, or no image under any of them; ``skipped`` says what was passed over.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     found: set[Path] = set()
+    skipped: list[Skipped] = []
     for path in map(Path, paths):
         if not path.exists():
             raise StudyError(f"{clean_text(str(path), 400)} does not exist: give a folder or an image file")
-        found |= {path} if path.is_file() else _studies_under(path)
+        if path.is_file():
+            found.add(path)
+        else:
+            files, passed = list_files(path, follow_links)
+            found |= _studies_of(path, files)
+            skipped += passed
     if not found:
         places = ", ".join(clean_text(str(p), 200) for p in paths) or "an empty list"
-        raise StudyError(f"no study under {places}: expected folders with DICOM files or {', '.join(VOLUME_SUFFIXES)} volumes")
+        expected = f"folders with DICOM files or {', '.join(VOLUME_SUFFIXES)} volumes"
+        passed = f". Passed over:\n{summarise(skipped)}" if skipped else ""
+        raise StudyError(f"no study under {places}: expected {expected}{passed}", skipped)
+    links = [s for s in skipped if s.reason.endswith(NOT_FOLLOWED) and not any(p in found for p in s.path.parents)]
+    if links:
+        log.warning("%s outside of studies, such as %s", count(len(links), "link"), links[0])
     return sorted(p for p in found if not any(parent in found for parent in p.parents))
 
 
-def _studies_under(root: Path) -> set[Path]:
+def _studies_of(root: Path, files: list[Path]) -> set[Path]:
     by_folder: dict[Path, list[Path]] = {}
-    for path in list_files(root)[0]:
+    for path in files:
         by_folder.setdefault(path.parent, []).append(path)
     by_uid: dict[str, list[Path]] = {}
     found: set[Path] = set()

@@ -38,7 +38,7 @@ class Limits:
         max_volumes: of a 4-D scan (diffusion, perfusion, dynamic, multi-echo) the first so many volumes are kept,
             each as a scan of its own. 2 is the published rule: b-volumes 0 and 1.
         max_voxels: a scan that declares more voxels than this is not read (2**30: 1024 slices of 1024 x 1024).
-        follow_links: also follow file links that lead out of the study folder.
+        follow_links: also follow links, to files and to folders, that lead out of the study folder.
     """
 
     min_slices: int = 3

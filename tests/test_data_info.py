@@ -1,0 +1,31 @@
+"""``hlip info`` shows every study that it can, whatever is wrong with the others."""
+
+from __future__ import annotations
+
+import pytest
+from data_files import volume
+
+pytest.importorskip("open_clip")
+
+from hlip.cli import main
+
+
+def test_a_study_that_cannot_be_prepared_does_not_end_the_list(tmp_path, capsys):
+    volume(tmp_path / "a" / "wide.nii.gz", (40, 40, 40), (900.0, 900.0, 900.0))
+    volume(tmp_path / "b" / "t1.nii.gz", (7, 40, 36), (1.0, 1.0, 4.0))
+    assert main(["info", str(tmp_path), "--preset", "chest-ct"]) == 1
+    out, err = capsys.readouterr()
+    assert "/a cannot be prepared: wide: a scan of 40 x 40 x 40 voxels of 900 x 900 x 900 mm is too large" in err
+    assert out.count("tokens in all") == 1 and "/b: 1 scan" in out
+    assert main(["info", str(tmp_path), "--preset", "brain"]) == 1
+    assert "no preset named 'brain': choose one of auto, mri, " in capsys.readouterr().err
+
+
+def test_follow_links(tmp_path, capsys):
+    volume(tmp_path / "store" / "t1.nii.gz", (7, 40, 36), (1.0, 1.0, 4.0))
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "p1").symlink_to(tmp_path / "store")
+    assert main(["info", str(tmp_path / "split")]) == 1
+    assert "1 x a link to a folder elsewhere: not followed (follow_links does: --follow-links" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "split"), "--follow-links"]) == 0
+    assert "392 tokens in all" in capsys.readouterr().out
