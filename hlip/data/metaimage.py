@@ -13,7 +13,7 @@ from pathlib import Path
 # Real headers have some hundred bytes; with the fields of a DICOM series, thousands.
 _MOST_BYTES = 1 << 20
 _MOST_DIMENSIONS = 10  # ITK's own limit
-_WORD, _WHOLE, _NUMBER = r"[A-Za-z0-9_]+", r"[0-9]{1,18}", r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?"
+_WORD, _WHOLE, _NUMBER = r"[A-Za-z0-9_]+", r"[0-9]{1,18}", r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 # Field: what each of its values looks like, and how many there are: to the power of what is given, of the dimensions.
 _FIELDS = {
     "ElementType": (_WORD, 0),
@@ -30,6 +30,7 @@ _FIELDS = {
     "Offset": (_NUMBER, 1),
     "Position": (_NUMBER, 1),
     "Origin": (_NUMBER, 1),
+    "ImagePosition": (_NUMBER, 1),
     "TransformMatrix": (_NUMBER, 2),
     "Rotation": (_NUMBER, 2),
     "Orientation": (_NUMBER, 2),
