@@ -6,7 +6,6 @@
 #include <array>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "kernels.h"
 
@@ -21,11 +20,6 @@ using namespace hlip;
 #endif
 
 namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Calls run(std::integral_constant<int, D>) for a head dim there are kernels for.
 template <typename Run>
@@ -42,15 +36,15 @@ void with_head_dim(int head_dim, Run run) {
 
 void short_attention_forward(Target target, Type type, int head_dim, View q, View k, View v, uintptr_t out, uintptr_t lse, Tables tables,
                              Extent extent, int64_t heads, int64_t num_rows, float scale_log2) {
-  const ForwardArguments a{q, k, v, at<void>(out), at<float>(lse), tables, heads, num_rows, scale_log2};
+  const ForwardArguments a{q, k, v, as<void>(out), as<float>(lse), tables, heads, num_rows, scale_log2};
   with_head_dim(head_dim, [&](auto d) { short_forward<decltype(d)::value>(target, type, a, extent); });
 }
 
 void short_attention_backward(Target target, Type type, int head_dim, View q, View k, View v, View out, View grad_out, uintptr_t lse,
                               uintptr_t grad_lse, int64_t grad_lse_head, int64_t grad_lse_row, uintptr_t dq, uintptr_t dk, uintptr_t dv,
                               Tables tables, Extent extent, int64_t heads, int64_t num_rows, float scale, float scale_log2) {
-  const BackwardArguments a{q, k, v, out, grad_out, at<const float>(lse), at<const float>(grad_lse), grad_lse_head, grad_lse_row,
-                            at<void>(dq), at<void>(dk), at<void>(dv), tables, heads, num_rows, scale, scale_log2};
+  const BackwardArguments a{q, k, v, out, grad_out, as<const float>(lse), as<const float>(grad_lse), grad_lse_head, grad_lse_row,
+                            as<void>(dq), as<void>(dk), as<void>(dv), tables, heads, num_rows, scale, scale_log2};
   with_head_dim(head_dim, [&](auto d) { short_backward<decltype(d)::value>(target, type, a, extent); });
 }
 
@@ -90,10 +84,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("pd"), py::arg("ph"), py::arg("pw"), py::arg("scale"));
 
   py::class_<View>(m, "View", "A (R, H, D) tensor: address, row stride and head stride in elements.")
-      .def(py::init([](uintptr_t address, int64_t row, int64_t head) { return View{at<const void>(address), row, head}; }));
+      .def(py::init([](uintptr_t address, int64_t row, int64_t head) { return View{as<const void>(address), row, head}; }));
   py::class_<Tables>(m, "Tables", "Addresses of the int32 tables packs, starts and records.")
       .def(py::init([](uintptr_t packs, uintptr_t starts, uintptr_t records) {
-        return Tables{at<const int>(packs), at<const int>(starts), at<const int>(records)};
+        return Tables{as<const int>(packs), as<const int>(starts), as<const int>(records)};
       }));
   using Numbers = std::array<int64_t, 3>;
   py::class_<Extent>(m, "Extent", "Packs, rows of the largest, keys; shared memory, packs (first, last, rows) for whole_backward.cuh.")
@@ -102,8 +96,6 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::arg("packs"), py::arg("rows"), py::arg("keys"), py::arg("shared") = 0, py::arg("large") = Numbers{},
            py::arg("small") = Numbers{});
-  m.attr("short_head_dims") = std::vector<int>(std::begin(kShortHeadDims), std::end(kShortHeadDims));
-  m.attr("short_keys") = std::vector<int>(std::begin(kShortKeys), std::end(kShortKeys));
   m.def("short_attention_forward", &short_attention_forward, nogil);
   m.def("short_attention_backward", &short_attention_backward, nogil);
 }

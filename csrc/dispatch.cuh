@@ -15,13 +15,6 @@ struct TypeTag {
   using type = T;
 };
 
-inline Where where_of(Target target) { return {target.on_host, reinterpret_cast<cudaStream_t>(target.stream)}; }
-
-template <typename T>
-T* as(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 // Calls run(TypeTag<T>{}) for the floating type named by `type`.
 template <typename Run>
 void with_float_type(Type type, const char* what, Run run) {

@@ -11,13 +11,9 @@
 #include <stdexcept>
 #include <string>
 
-namespace hlip {
+#include "kernels.h"
 
-// Where to run: a CUDA stream of the current device, or the host.
-struct Where {
-  bool on_host;
-  cudaStream_t stream;
-};
+namespace hlip {
 
 inline void check(cudaError_t status, const char* what, int64_t n, unsigned blocks, int threads) {
   if (status == cudaSuccess) return;
@@ -33,16 +29,16 @@ __global__ void __launch_bounds__(256) for_each_kernel(Body body, int64_t n) {
 }
 
 template <typename Body>
-void for_each(const char* what, Where where, int64_t n, Body body) {
+void for_each(const char* what, Target target, int64_t n, Body body) {
   if (n <= 0) return;
-  if (where.on_host) {
+  if (target.on_host) {
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }
   constexpr int kThreads = 256;
   const int64_t blocks = (n + kThreads - 1) / kThreads;
   if (blocks > 0x7fffffff) throw std::runtime_error(std::string("hlip: ") + what + " has too many items for one launch: " + std::to_string(n));
-  for_each_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, where.stream>>>(body, n);
+  for_each_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, reinterpret_cast<cudaStream_t>(target.stream)>>>(body, n);
   check(cudaGetLastError(), what, n, static_cast<unsigned>(blocks), kThreads);
 }
 
@@ -55,16 +51,16 @@ __global__ void __launch_bounds__(256) for_each_row_kernel(Body body, int64_t ro
 // Runs body(row, lane, lanes) for every row in [0, rows): a warp each, whose lanes share the row's work and what is computed
 // once for it. On the host one lane does it all.
 template <typename Body>
-void for_each_row(const char* what, Where where, int64_t rows, Body body) {
+void for_each_row(const char* what, Target target, int64_t rows, Body body) {
   if (rows <= 0) return;
-  if (where.on_host) {
+  if (target.on_host) {
     for (int64_t row = 0; row < rows; ++row) body(row, 0, 1);
     return;
   }
   constexpr int kThreads = 256;
   const int64_t blocks = (rows + kThreads / 32 - 1) / (kThreads / 32);
   if (blocks > 0x7fffffff) throw std::runtime_error(std::string("hlip: ") + what + " has too many rows for one launch: " + std::to_string(rows));
-  for_each_row_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, where.stream>>>(body, rows);
+  for_each_row_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, reinterpret_cast<cudaStream_t>(target.stream)>>>(body, rows);
   check(cudaGetLastError(), what, rows, static_cast<unsigned>(blocks), kThreads);
 }
 

@@ -15,6 +15,12 @@ struct Target {
   uintptr_t stream;
 };
 
+// An address that came from Python, as what it points to.
+template <typename T>
+T* as(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
 // Mean over the patch rows of every segment.
 //   x (R, C) -> out (S, C). chunks (num_chunks, 3) int32: segment, first row, one past the last; a segment's chunks follow
 //   one another, chunk_offsets (S + 1) int32 says where. partial (num_chunks, C) float32 is scratch. Empty segments give 0.
@@ -26,10 +32,10 @@ void segment_mean_backward(Target target, Type type, uintptr_t grad_out, uintptr
                            int64_t num_chunks, int64_t num_tokens, int64_t num_rows, int64_t channels);
 
 // Prefix rows of one level from those of another.
-//   source (tail_rows, C), target (tail_rows, C), may not overlap. children (S_parent + 1) int32, parents (S_child) int32.
-//   up:   target segment s = sum over its children, divided by their number if `divide`.
-//   down: target segment s = its parent's row, divided by the parent's number of children if `divide`.
-//   Rows beyond the target level's segments become 0.
+//   source (tail_rows, C), result (tail_rows, C), may not overlap. children (S_parent + 1) int32, parents (S_child) int32.
+//   up:   segment s = sum over its children, divided by their number if `divide`.
+//   down: segment s = its parent's row, divided by the parent's number of children if `divide`.
+//   Rows beyond the segments of the level of the result become 0.
 void switch_tail(Target target, Type type, uintptr_t source, uintptr_t result, uintptr_t children, uintptr_t parents,
                  int64_t num_parents, int64_t num_children, int64_t num_prefix, int64_t tail_rows, int64_t channels, bool up,
                  bool divide);

@@ -157,7 +157,7 @@ void patchify(Target target, Type voxel_type, Type type, uintptr_t voxels, uintp
       using T = typename decltype(tag)::type;
       with_vector_width<T>(pw, {out}, [&](auto width) {
         constexpr int N = decltype(width)::value;
-        for_each_row("patchify", where_of(target), num_patches,
+        for_each_row("patchify", target, num_patches,
                      Patchify<V, T, N>{as<const V>(voxels), as<T>(out), patches, scale, shift});
       });
     });
@@ -173,7 +173,7 @@ void patchify_backward(Target target, Type voxel_type, Type type, uintptr_t grad
       using T = typename decltype(tag)::type;
       with_vector_width<T>(pw, {grad_out}, [&](auto width) {
         constexpr int N = decltype(width)::value;
-        for_each_row("patchify_backward", where_of(target), num_patches,
+        for_each_row("patchify_backward", target, num_patches,
                      Unpatchify<V, T, N>{as<const T>(grad_out), as<V>(grad_voxels), patches, scale});
       });
     });

@@ -123,9 +123,9 @@ void segment_mean(Target target, Type type, uintptr_t x, uintptr_t out, uintptr_
     using T = typename decltype(tag)::type;
     with_vector_width<T>(channels, {x, out, partial}, [&](auto width) {
       constexpr int N = decltype(width)::value;
-      for_each("segment_mean (sum of chunks)", where_of(target), num_chunks * (channels / N),
+      for_each("segment_mean (sum of chunks)", target, num_chunks * (channels / N),
                SumChunk<T, N>{as<const T>(x), as<float>(partial), as<const int>(chunks), channels});
-      for_each("segment_mean (mean of segments)", where_of(target), num_segments * (channels / N),
+      for_each("segment_mean (mean of segments)", target, num_segments * (channels / N),
                FinishMean<T, N>{as<const float>(partial), as<T>(out), as<const int>(offsets), as<const int>(chunk_offsets), channels});
     });
   });
@@ -137,9 +137,9 @@ void segment_mean_backward(Target target, Type type, uintptr_t grad_out, uintptr
     using T = typename decltype(tag)::type;
     with_vector_width<T>(channels, {grad_out, grad_x}, [&](auto width) {
       constexpr int N = decltype(width)::value;
-      for_each("segment_mean_backward", where_of(target), num_chunks * (channels / N),
+      for_each("segment_mean_backward", target, num_chunks * (channels / N),
                SpreadMean<T, N>{as<const T>(grad_out), as<T>(grad_x), as<const int>(offsets), as<const int>(chunks), channels});
-      for_each("segment_mean_backward (rows outside)", where_of(target), (num_rows - num_tokens) * (channels / N),
+      for_each("segment_mean_backward (rows outside)", target, (num_rows - num_tokens) * (channels / N),
                Zero<T, N>{as<T>(grad_x) + num_tokens * channels});
     });
   });
@@ -152,7 +152,7 @@ void switch_tail(Target target, Type type, uintptr_t source, uintptr_t result, u
     using T = typename decltype(tag)::type;
     with_vector_width<T>(channels, {source, result}, [&](auto width) {
       constexpr int N = decltype(width)::value;
-      for_each("switch_tail", where_of(target), tail_rows * (channels / N),
+      for_each("switch_tail", target, tail_rows * (channels / N),
                SwitchTail<T, N>{as<const T>(source), as<T>(result), as<const int>(children), as<const int>(parents),
                                 up ? num_parents : num_children, num_prefix, channels, up, divide});
     });

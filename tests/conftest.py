@@ -44,6 +44,12 @@ def poisoned():
 
 
 @pytest.fixture
+def poisoned_memory():
+    """Fills the GPU allocator's free memory with NaN, so that rows nobody writes are seen."""
+    torch.full((2**26,), float("nan"), device="cuda")
+
+
+@pytest.fixture
 def needs_memory():
     """For tests that fill most of a GPU: ``needs_memory(bytes)`` skips where less is free.
 

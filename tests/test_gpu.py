@@ -5,14 +5,17 @@ Part of the GPU gate (``make gpu``). Inputs are drawn anew for every case; memor
 
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_truth import relative, sdpa_by_segment
 
 from hlip_kernels import HierarchicalAttention, Layout, attention, native, patchify, segment_mean, switch_level, warmup
 from hlip_kernels.backends import BACKENDS, Query
 from hlip_kernels.backends.cuda import max_rows
 from hlip_kernels.pattern import Plan
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 GRIDS = [[(2, 5, 7), (3, 9, 9), (8, 14, 14)], [], [(0, 2, 2), (1, 1, 1), (3, 8, 16)]]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -23,17 +26,6 @@ def layout():
     return Layout.from_grids(GRIDS, num_prefix=2, row_multiple=64).to("cuda")
 
 
-@pytest.fixture(autouse=True)
-def poison():
-    """Fills the allocator's free memory with NaN, so that rows nobody writes are seen."""
-    torch.full((2**26,), float("nan"), device="cuda")
-    yield
-
-
-def relative(got, truth):
-    return float((got.double() - truth).norm() / truth.norm())
-
-
 def query(layout, level, dtype, head_dim, **pattern):
     plan = Plan.of(layout.pattern(level, **pattern))
     return Query("cuda", torch.cuda.get_device_capability(), dtype, head_dim, plan.longest, plan.sees_itself)
@@ -42,12 +34,7 @@ def query(layout, level, dtype, head_dim, **pattern):
 def sdpa_error(layout, level, qkv, dtype, truth):
     """The error of torch's own attention in the same dtype, segment by segment: output, then the gradient of qkv."""
     leaf = qkv.to(dtype).requires_grad_()
-    offsets, T, P = layout.host_offsets(level), layout.num_tokens, layout.num_prefix
-    out = torch.zeros_like(leaf[:, 0])
-    for s in range(len(offsets) - 1):
-        rows = torch.cat([torch.arange(offsets[s], offsets[s + 1]), torch.arange(T + s * P, T + (s + 1) * P)]).cuda()
-        q, k, v = (leaf[rows, i].transpose(0, 1)[None] for i in range(3))
-        out = out.index_copy(0, rows, F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
+    out = sdpa_by_segment(*leaf.unbind(1), layout.dense_mask(level))
     (grad,) = torch.autograd.grad(out, leaf, truth[2].to(dtype))
     return relative(out, truth[0]), relative(grad, truth[1])
 

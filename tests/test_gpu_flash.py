@@ -12,20 +12,16 @@ from hlip_kernels.backends.flash import FlashBackend
 from hlip_kernels.backends.flash_implementations import TorchFlash, best_first
 from hlip_kernels.pattern import Plan
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 GRIDS = [[(2, 5, 7), (3, 9, 9), (8, 14, 14)], [], [(0, 2, 2), (1, 1, 1), (3, 8, 16)], [(12, 14, 14)]]
 DTYPES = [torch.float16, torch.bfloat16]
 NAMES = [implementation.name for implementation in best_first()]
 LAYOUTS = {"prefixes": {"num_prefix": 2, "row_multiple": 64}, "none": {"num_prefix": 0}, "none, dead rows":
            {"num_prefix": 0, "row_multiple": 64}}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Fills the allocator's free memory with NaN, so that rows nobody writes are seen."""
-    torch.full((2**26,), float("nan"), device="cuda")
-    yield
 
 
 @pytest.fixture(params=NAMES)

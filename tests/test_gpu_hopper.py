@@ -5,13 +5,17 @@ In the GPU gate a step of its own: kernels that wait for one another can hang, a
 
 import pytest
 import torch
+from attention_truth import relative, sdpa_by_segment
 
 from hlip_kernels import HierarchicalAttention, Layout, attention
 from hlip_kernels.backends import BACKENDS, Query
 from hlip_kernels.pattern import Plan
 
 HERE = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = pytest.mark.skipif(not HERE, reason="needs a GPU of compute capability 9.0")
+pytestmark = [
+    pytest.mark.skipif(not HERE, reason="needs a GPU of compute capability 9.0"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 GRIDS = [[(2, 5, 7), (3, 9, 9), (12, 14, 14)], [], [(0, 2, 2), (1, 1, 1), (3, 8, 16)]]  # up to 2,600 rows a study
 NAMES = ["hopper", "hopper_ordered"]
@@ -23,24 +27,21 @@ def layout():
     return Layout.from_grids(GRIDS, num_prefix=2, row_multiple=64).to("cuda")
 
 
-@pytest.fixture(autouse=True)
-def poison():
-    torch.full((2**26,), float("nan"), device="cuda")
-    yield
-
-
-def relative(got, truth):
-    return float((got.double() - truth).norm() / truth.norm())
-
-
 def run(backend, qkv, g, weights, layout, level, **options):
     out, lse = attention(*qkv.unbind(1), layout, level, backend=backend, return_lse=True, **options)
     loss = (out * g).sum() + (lse * weights.to(lse.dtype)).sum()
     return out.detach(), lse.detach(), *torch.autograd.grad(loss, qkv)
 
 
-def compare(backend, layout, level, dtype, head_dim, **options):
-    """Errors at most twice those of the Triton backend, whose own are held to twice torch's by tests/test_gpu.py."""
+def torchs_own(qkv, g, mask, scale=None):
+    """Output of torch's own attention in the same dtype, and the gradient of qkv for that of the output."""
+    out = sdpa_by_segment(*qkv.unbind(1), mask, scale)
+    return out.detach(), torch.autograd.grad(out, qkv, g)[0]
+
+
+def compare(backend, layout, level, dtype, head_dim, scale=None, deterministic=True, **pattern):
+    """Errors at most twice those of torch's own attention in the same dtype; of the log-sum-exp and its gradient, Triton's."""
+    options = {"scale": scale, "deterministic": deterministic, **pattern}
     qkv = torch.randn(layout.num_rows, 3, 3, head_dim, dtype=torch.float64, device="cuda").to(dtype)
     g = torch.randn(layout.num_rows, 3, head_dim, device="cuda").to(dtype)
     weights = torch.randn(3, layout.num_rows, device="cuda")
@@ -50,6 +51,13 @@ def compare(backend, layout, level, dtype, head_dim, **options):
     for name, a, truth, bound in zip(("out", "lse", "gradient"), got, exact, bounds, strict=True):
         floor = torch.finfo(torch.float32 if name == "lse" else dtype).eps
         assert relative(a, truth) <= 2 * relative(bound, truth) + floor, (name, level, options)
+    # torch's own gives no log-sum-exp: without a gradient of it.
+    nothing = torch.zeros_like(weights)
+    exact = run("reference", qkv.double().requires_grad_(), g.double(), nothing.double(), layout, level, **options)
+    alone = run(backend, qkv.clone().requires_grad_(), g, nothing, layout, level, **options)
+    own = torchs_own(qkv.clone().requires_grad_(), g, layout.dense_mask(level, **pattern), scale)
+    for name, a, truth, bound in zip(("out", "gradient"), alone[::2], exact[::2], own, strict=True):
+        assert relative(a, truth) <= 2 * relative(bound, truth) + torch.finfo(dtype).eps / 4, (name, level, options)
     dead = layout.prefix_rows(level).stop
     assert not got[0][dead:].any() and not got[1][:, dead:].any() and not got[2][dead:].any()
 

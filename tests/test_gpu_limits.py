@@ -5,6 +5,7 @@ Skipped without one. Part of the GPU gate; what is not at an end is in tests/tes
 
 import pytest
 import torch
+from attention_truth import relative
 import torch.nn.functional as F
 
 from hlip_kernels import HierarchicalAttention, Layout, attention, segment_mean, switch_level
@@ -21,9 +22,7 @@ def layout():
 
 
 @pytest.fixture(autouse=True)
-def poison():
-    """Fills the allocator's free memory with NaN, so that rows nobody writes are seen; gives it back afterwards."""
-    torch.full((2**26,), float("nan"), device="cuda")
+def give_back(poisoned_memory):
     yield
     torch.cuda.empty_cache()
 
@@ -63,10 +62,6 @@ class LongRow:
             dk += ds.transpose(1, 2) @ self.q[:, some] * self.scale
             dv += p.transpose(1, 2) @ self.g[:, some]
         return dk.transpose(0, 1), dv.transpose(0, 1)
-
-
-def relative(got, truth):
-    return float((got.double() - truth).norm() / truth.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -89,7 +89,7 @@ HLIP_DEVICE void start_rows(Shared tile, const View& x, int64_t head, const Pack
   for (int c = thread_index(); c < pack.padded * kChunks; c += kThreads) {
     const int i = c / kChunks, chunk = c % kChunks;
     const bool live = i >= pack.from && i < pack.to;
-    copy_async_16(tile + place<D>(i, chunk), live ? base + row_at(i) * x.row + chunk * 8 : base, live);
+    copy_async_16(tile + swizzled<D>(i, chunk), live ? base + row_at(i) * x.row + chunk * 8 : base, live);
   }
 }
 
@@ -101,7 +101,7 @@ HLIP_DEVICE bool not_finite(Shared tile, const Pack& pack) {
   bool bad = false;
 #pragma unroll 1
   for (int c = thread_index(); c < pack.padded * kChunks; c += kThreads) {
-    const uint4 v = shared_load<uint4>(tile + place<D>(c / kChunks, c % kChunks));
+    const uint4 v = shared_load<uint4>(tile + swizzled<D>(c / kChunks, c % kChunks));
     for (const uint32_t word : {v.x, v.y, v.z, v.w}) {
       bad |= (word & kExponent) == kExponent || ((word >> 16) & kExponent) == kExponent;
     }

@@ -14,13 +14,13 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // ---------------------------------------------------------------- shared memory
 
-// Where 16-byte chunk `chunk` of row `row` lies in a tile of D columns. Chunks are exclusive-or'ed with bits of the row so
-// that the 8 rows one matrix load touches lie in different banks.
 template <int D>
 constexpr int kTrading = D / 8 % 8 == 0 ? 8 : (D / 8 % 4 == 0 ? 4 : 2);  // chunks that may trade places
 
+// Where 16-byte chunk `chunk` of row `row` lies in a tile of D columns. Chunks are exclusive-or'ed with bits of the row so
+// that the 8 rows one matrix load touches lie in different banks.
 template <int D>
-HLIP_DEVICE Shared place(int row, int chunk) {
+HLIP_DEVICE Shared swizzled(int row, int chunk) {
   constexpr int kShift = kTrading<D> == 8 ? 0 : (kTrading<D> == 4 ? 1 : 2);
   return static_cast<Shared>(row * (2 * D) + ((chunk ^ ((row >> kShift) & (kTrading<D> - 1))) << 4));
 }
@@ -40,7 +40,7 @@ template <int D>
 HLIP_DEVICE Shared matrix_place(Shared tile, int row, int chunk, bool across) {
   const int lane = lane_index(), matrix = lane / 8;
   const int half = across ? matrix % 2 : matrix / 2, side = across ? matrix / 2 : matrix % 2;
-  return tile + place<D>(row + 8 * half + lane % 8, chunk + side);
+  return tile + swizzled<D>(row + 8 * half + lane % 8, chunk + side);
 }
 
 // ---------------------------------------------------------------- registers

@@ -74,7 +74,7 @@ HLIP_DEVICE void start_segment(Shared tile, const View& x, Shared segment, int f
   const int rows = threads / kChunks;  // a multiple of 8: a chunk stays at its place in the row
   const int64_t hop = (static_cast<int64_t>(s.prefix) - s.patches - s.patch) * x.row;  // to prefix rows
   const T* from = static_cast<const T*>(x.at) + s.head * x.head + (static_cast<int64_t>(s.patch) + i) * x.row + thread % kChunks * 8;
-  Shared to = tile + place<D>(i, thread % kChunks);
+  Shared to = tile + swizzled<D>(i, thread % kChunks);
 #pragma unroll 1
   for (; i < last; i += rows, from += rows * x.row, to += rows * 2 * D) {
     const bool live = i < s.rows;  // else the row may lie beyond the tensor, and its address is not given
@@ -110,7 +110,7 @@ HLIP_DEVICE void make_deltas(int padded, const Places& at, Shared stats) {
       const int i = first + j * kRows;
       delta[j] = 0.0f;
       if (i >= padded) continue;
-      const uint4 x = shared_load<uint4>(at.outs + place<D>(i, chunk)), y = shared_load<uint4>(at.grads + place<D>(i, chunk));
+      const uint4 x = shared_load<uint4>(at.outs + swizzled<D>(i, chunk)), y = shared_load<uint4>(at.grads + swizzled<D>(i, chunk));
       const uint32_t out[4] = {x.x, x.y, x.z, x.w}, grad[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -228,7 +228,7 @@ HLIP_DEVICE void pass_queries(KeyRows<D>& own, const BackwardArguments& a, int r
     as_left<T>(left_ds[m], ds[m][0], ds[m][1]);
   }
   add_gradient<T, D>(own.dv, left_p, at.grads, query);
-  const Shared first = exchange + place<kStep>(first_key() + lane / 4, 0) + 4 * quad;
+  const Shared first = exchange + swizzled<kStep>(first_key() + lane / 4, 0) + 4 * quad;
 #pragma unroll
   for (int m = 0; m < kKeyTiles; ++m) {
     if (first_key() + m * kTile >= rows) continue;
