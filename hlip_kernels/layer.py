@@ -14,33 +14,48 @@ from .ops import attention
 class HierarchicalAttention(nn.Module):
     """Multi-head self-attention inside the segments of one level.
 
-    Parameter names and shapes are those of timm's ``Attention`` (``qkv``, ``q_norm``, ``k_norm``, ``proj``), so its state
-    dict loads as it is. On a plain dense ``(B, N, C)`` tensor it computes what timm computes; on packed rows ``(R, C)``
-    with a layout, attention stays inside each segment of the named level.
+    Options, parameter names and shapes are those of timm's ``Attention`` (1.0.15 to 1.0.31), so its state dict loads as it
+    is and a timm block can hold it. On a plain dense ``(B, N, C)`` tensor it computes what timm computes; on packed rows
+    ``(R, C)`` with a layout, attention stays inside each segment of the named level.
 
     Args:
         dim: ``C``, the width of the rows.
-        num_heads: ``H``; must divide ``dim``.
-        qkv_bias: a bias in the query, key and value projection.
+        num_heads: ``H``; must divide ``dim`` unless ``attn_head_dim`` is given.
+        attn_head_dim: ``D``, the width of a head; default ``dim // num_heads``.
+        dim_out: the width of the result; default ``dim``.
+        qkv_bias: a bias in the query, key and value projection (and in the gate's).
         qk_norm: normalise queries and keys per head with ``norm_layer``.
+        scale_norm: normalise what attention gives, all heads together, before the output projection.
         proj_bias: a bias in the output projection.
+        gated: multiply what attention gives by a sigmoid of a projection of the input, element by element.
+        attn_drop: dropout of attention weights, for dense input only: in training, packed rows refuse a rate above 0.
         proj_drop: dropout after the output projection.
-        norm_layer: made as ``norm_layer(head_dim)`` when ``qk_norm``.
+        norm_layer: made as ``norm_layer(width)`` for ``qk_norm`` and ``scale_norm``.
         neighbours, summary, backend, deterministic, allow_tf32: as in :func:`hlip_kernels.attention`, for packed rows. (Dense
             input takes torch's ``scaled_dot_product_attention``, which listens to torch's own switches.)
         device, dtype: of the parameters.
+
+    All options go by keyword: timm's order differs from version to version.
+
+    Raises:
+        ValueError: ``num_heads`` that does not divide ``dim``, no ``norm_layer`` where one is needed, ``neighbours`` below 0.
     """
 
     def __init__(
         self,
         dim: int,
         num_heads: int = 8,
+        *,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
         qkv_bias: bool = False,
         qk_norm: bool = False,
+        scale_norm: bool = False,
         proj_bias: bool = True,
+        gated: bool = False,
+        attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-        *,
+        norm_layer: Callable[..., nn.Module] | None = nn.LayerNorm,
         neighbours: int = 0,
         summary: str | None = None,
         backend: str = "auto",
@@ -50,52 +65,97 @@ class HierarchicalAttention(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        if num_heads < 1 or (attn_head_dim is None and dim % num_heads):
             raise ValueError(f"dim ({dim}) must be divisible by num_heads ({num_heads})")
-        made = {"device": device, "dtype": dtype}
+        if (qk_norm or scale_norm) and norm_layer is None:
+            raise ValueError("qk_norm and scale_norm need a norm_layer, e.g. torch.nn.LayerNorm; got None")
+        if neighbours < 0:
+            raise ValueError(f"neighbours must be an int >= 0, got {neighbours}")
+        # Only what is given: not every norm layer takes these.
+        made = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = dim // num_heads if attn_head_dim is None else attn_head_dim
+        self.attn_dim = num_heads * self.head_dim
         self.scale = self.head_dim**-0.5
         self.neighbours, self.summary, self.backend = neighbours, summary, backend
         self.deterministic, self.allow_tf32 = deterministic, allow_tf32
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **made)
+        self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **made)
         self.q_norm = norm_layer(self.head_dim, **made) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **made) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim, bias=proj_bias, **made)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.norm = norm_layer(self.attn_dim, **made) if scale_norm else nn.Identity()
+        self.gate = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **made) if gated else None
+        self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **made)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, layout: Layout | None = None, level: str | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout | None = None,
+        level: str | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         """Attends and projects.
 
         Args:
             x: packed rows ``(R, C)`` with ``layout`` and ``level``, or dense ``(B, N, C)`` without.
             layout: the ragged shape, on the device of ``x``.
             level: the level whose segments attend.
+            attn_mask: for dense input, broadcastable to ``(B, H, N, N)``: bool, true where a query sees a key, or floating
+                point, added to the logits. By keyword: timm takes it where the layout stands here.
+            is_causal: for dense input: a token sees none after it. Not together with ``attn_mask``.
 
         Returns:
-            The same shape as ``x``.
+            The shape of ``x``, the last dimension ``dim_out``.
 
         Raises:
-            ValueError: a layout without a level or the reverse, or a shape that does not fit.
+            TypeError: a tensor in the place of the layout. ValueError: a layout without a level or the reverse, a shape that
+                does not fit, both masks, or, with packed rows, a mask or (in training) dropout of attention weights.
         """
-        if (layout is None) != (level is None):
-            raise ValueError("packed rows need both layout and level; dense (B, N, C) input takes neither")
-        if x.ndim != (3 if layout is None else 2):
-            expected = "dense (B, N, C)" if layout is None else "packed rows (R, C)"
-            raise ValueError(f"expected {expected}, got a tensor of {x.ndim} dimensions")
+        self._check(x, layout, level, attn_mask, is_causal)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.unbind(-3)  # views of the projection: (..., H, D)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if layout is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2)
+            dropout = self.attn_drop.p if self.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal, scale=self.scale).transpose(1, 2)
         else:
             out = attention(
                 q, k, v, layout, level,
                 scale=self.scale, neighbours=self.neighbours, summary=self.summary, backend=self.backend,
                 deterministic=self.deterministic, allow_tf32=self.allow_tf32,
             )  # fmt: skip
-        return self.proj_drop(self.proj(out.flatten(-2)))
+        out = self.norm(out.flatten(-2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+    def _check(self, x: Tensor, layout: Layout | None, level: str | None, attn_mask: Tensor | None, is_causal: bool) -> None:
+        if isinstance(layout, Tensor):
+            raise TypeError("the second argument is a layout, got a tensor: pass a mask by keyword, as attn_mask=...")
+        if (layout is None) != (level is None):
+            raise ValueError("packed rows need both layout and level; dense (B, N, C) input takes neither")
+        if x.ndim != (3 if layout is None else 2):
+            expected = "dense (B, N, C)" if layout is None else "packed rows (R, C)"
+            raise ValueError(f"expected {expected}, got a tensor of {x.ndim} dimensions")
+        if attn_mask is not None and is_causal:
+            raise ValueError("attn_mask and is_causal exclude each other: put the causal part into the mask")
+        if layout is None:
+            return
+        if attn_mask is not None or is_causal:
+            name = "is_causal" if is_causal else "attn_mask"
+            raise ValueError(
+                f"{name} is for dense (B, N, C) input: with packed rows, who sees whom follows from the level, neighbours "
+                "and summary"
+            )
+        if self.training and self.attn_drop.p > 0:
+            raise ValueError(
+                f"attn_drop={self.attn_drop.p} is for dense (B, N, C) input: packed rows have no dropout of attention "
+                "weights. Make the layer with attn_drop=0 (proj_drop works)"
+            )
 
     def extra_repr(self) -> str:
         options = [f"heads={self.num_heads}", f"head_dim={self.head_dim}"]
