@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LOBES = ("frontal", "parietal", "temporal", "occipital", "deep")
-
 
 @dataclass(frozen=True)
 class Lesion:
