@@ -40,7 +40,7 @@ def report() -> str:
     else:
         archs = ", ".join(f"sm_{a}" for a in native.architectures())
         lines.append(f"  built for {archs} with nvcc {native.nvcc_version()}; not yet run on a GPU")
-        lines += [f"  {line}" for line in _short_attention()]
+        lines += [f"  {line}" for line in [*_memory_bound(), *_short_attention()]]
 
     own = "measured here" if auto.user_path().exists() else "none; python -m hlip_kernels.measure_auto makes one"
     lines += ["", f"table of auto measured on this machine ({auto.user_path()}): {own}", "", "attention backends:"]
@@ -63,6 +63,22 @@ def report() -> str:
         "  the flash backend: tested around a stand-in",
     ]
     return "\n".join(lines)
+
+
+def _memory_bound() -> list[str]:
+    """The kernels that move rows and voxels: one for every combination of types named here."""
+    floats, voxels = (_names(types) for types in (native.FLOAT_TYPES, native.VOXEL_TYPES))
+    return [
+        f"segment_mean, switch_level, forward and backward: rows of {floats}",
+        f"patchify: voxels of {voxels}, each to rows of {floats};",
+        f"  backward: voxels of {floats}, each from rows of {floats}",
+        "  (each in vectors of 16 bytes where widths and addresses allow, else element by element, for any number of channels",
+        "  and any patch below 2^31 - 1 voxels; float64 takes plain torch)",
+    ]
+
+
+def _names(types: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in types)
 
 
 def _short_attention() -> list[str]:

@@ -1,5 +1,6 @@
 """The build: what setup.py decides and says, and the extension that comes out."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,20 @@ def test_info_says_what_is_there():
         assert part in text, text
     done = subprocess.run([sys.executable, "-m", "hlip_kernels.info"], capture_output=True, text=True)
     assert done.returncode == 0 and "attention backends" in done.stdout
+
+
+@pytest.mark.skipif(bool(native.why_missing()), reason="the CUDA extension is not built")
+def test_info_names_the_types_of_every_kernel():
+    types = set(native._C.Type.__members__)
+    floats = {name for name in types if "float" in name}
+    text = [line.strip() for line in info.report().splitlines()]
+    for start, expected in (
+        ("segment_mean, switch_level, forward", floats),
+        ("patchify: voxels of", types),
+        ("backward: voxels of", floats),
+    ):
+        (line,) = [line for line in text if line.startswith(start)]
+        assert set(re.findall(r"\w*(?:float|int)\d+", line)) == expected
 
 
 def test_import_needs_neither_triton_nor_the_model_packages():
