@@ -21,6 +21,7 @@ from hlip_kernels import Layout, switch_level
 from .model import HLIP, StudyBatch
 
 
+@torch.inference_mode(False)  # the caller's, if any, would leave nothing to differentiate
 def relevance(model: HLIP, scans: Sequence[Tensor], text_feature: Tensor, *, block: int = -1, **batch) -> list[Tensor]:
     """Relevance of every voxel of one study for a text.
 
@@ -34,8 +35,15 @@ def relevance(model: HLIP, scans: Sequence[Tensor], text_feature: Tensor, *, blo
     Returns:
         For each scan float32 ``(D, H, W)`` on the CPU, at least 0, 1 at the study's most relevant place. All zeros if no
         patch speaks for the text.
+
+    May be called inside ``torch.no_grad()`` and ``torch.inference_mode()``.
+
+    Raises:
+        ValueError: the model itself was made in inference mode.
     """
     trunk = model.visual.trunk
+    if trunk.spatial_posemb.is_inference():
+        raise ValueError("no gradient passes through a model made inside torch.inference_mode(): make it outside")
     images = StudyBatch.pack([list(scans)], **batch).to(trunk.spatial_posemb.device)
     levels = [*trunk.config.levels, "study"]
     block %= len(trunk.blocks)
@@ -49,7 +57,8 @@ def relevance(model: HLIP, scans: Sequence[Tensor], text_feature: Tensor, *, blo
         for i in range(block, len(trunk.blocks)):
             y = switch_level(trunk.blocks[i](y, layout), layout, levels[i], levels[i + 1])
         features = model.visual.head(trunk.pool(trunk.norm(y), layout))[0, 0]
-        score = F.cosine_similarity(features, text_feature.to(features), dim=0)
+        # A copy: one made in inference mode cannot be kept for the backward pass.
+        score = F.cosine_similarity(features, text_feature.detach().to(features, copy=True), dim=0)
         (gradient,) = torch.autograd.grad(score, start)
     share = (start.detach() * gradient).sum(dim=1)[: layout.num_tokens].float().clamp(min=0).cpu()
     return _to_maps(share, scans, layout, trunk.config.patch_size)

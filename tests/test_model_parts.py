@@ -348,6 +348,20 @@ def test_relevance_maps_have_the_shape_of_the_scans(method):
     assert joined.min() >= 0 and joined.max() == 1.0 and joined.dtype == torch.float32
 
 
+@pytest.mark.parametrize("method", [relevance, occlusion])
+def test_relevance_inside_inference_mode(method):
+    model = tiny_model(text=None).eval()
+    whole, text = scans(5), torch.randn(24)  # one scan: packing does not copy it
+    expected = method(model, whole, text)
+    with torch.inference_mode():
+        (got,) = method(model, [s.clone() for s in whole], text.clone())
+        made_inside = tiny_model(text=None).eval()
+    assert torch.equal(got, expected[0]) and got.max() == 1.0
+    if method is relevance:
+        with pytest.raises(ValueError, match="made inside torch.inference_mode"):
+            relevance(made_inside, whole, text)
+
+
 def test_occlusion_is_the_fall_of_the_cosine():
     """Checked by leaving a whole patch-deep scan out of the study by hand."""
     variant = tiny_variant("vit_base_scan_study_dualdinotxt1568", 2, patch_size=(8, 16, 16))
