@@ -8,6 +8,7 @@ import torch
 
 from .layout import Layout
 from .ops import attention
+from .options import options_by_level
 
 
 def warmup(
@@ -35,24 +36,24 @@ def warmup(
     Args:
         layouts: on the device that attention will run on.
         heads, head_dim, dtype: of q, k and v, which are made as views of one packed ``(R, 3, heads, head_dim)`` projection.
-        levels: default: all of each layout (with ``neighbours`` or ``summary``, those that can have them).
+        levels: default: all of each layout, with ``neighbours`` and ``summary`` only where a level can have them.
         backward: also the backward pass.
         neighbours, summary, backend, deterministic, allow_tf32: as in :func:`hlip_kernels.attention`.
 
     Raises:
-        ValueError, NotImplementedError: as :func:`hlip_kernels.attention` would.
+        ValueError, NotImplementedError: as :func:`hlip_kernels.attention` would; ValueError also for an option that no level
+            can have.
     """
-    options = {"neighbours": neighbours, "summary": summary, "backend": backend}
-    options |= {"deterministic": deterministic, "allow_tf32": allow_tf32}
+    same = {"backend": backend, "deterministic": deterministic, "allow_tf32": allow_tf32}
+    pattern = {"neighbours": neighbours, "summary": summary}
     for layout in layouts:
         shape = (layout.num_rows, 3, heads, head_dim)
-        for level in _levels(layout, neighbours, summary) if levels is None else levels:
+        if levels is None:
+            chosen = options_by_level(layout.levels, layout.levels, **pattern)
+        else:
+            chosen = dict.fromkeys(levels, pattern)
+        for level, options in chosen.items():
             qkv = torch.zeros(shape, dtype=dtype, device=layout.device, requires_grad=backward)
-            out = attention(*qkv.unbind(1), layout, level, **options)
+            out = attention(*qkv.unbind(1), layout, level, **options, **same)
             if backward:
                 out.backward(torch.zeros_like(out))
-
-
-def _levels(layout: Layout, neighbours: int, summary: str | None) -> tuple[str, ...]:
-    last = len(layout.levels) if summary is None else layout.index(summary)
-    return layout.levels[: min(last, len(layout.levels) - 1) if neighbours else last]

@@ -280,6 +280,42 @@ def test_bad_batches_name_study_and_scan():
         StudyBatch.pack([[torch.zeros(1, 2, 2), torch.zeros(1, 2, 2).byte()]])
 
 
+@pytest.mark.parametrize("options", [{"neighbours": 1}, {"summary": "study"}, {"neighbours": 1, "summary": "scan"}], ids=str)
+def test_patterns_go_to_the_blocks_that_can_have_them(options):
+    batch = StudyBatch.pack([scans(4, 7), scans(9)])
+    results = {}
+    for name, made in {"plain": {}, "fast": options, "true": {**options, "backend": "reference"}}.items():
+        encoder = tiny_model(text=None, **made).visual.trunk.double()
+        out = encoder(batch)
+        gradients = torch.autograd.grad(out.square().sum(), [p for p in encoder.parameters() if p.requires_grad])
+        results[name] = out, *gradients
+    neighbours, summary = options.get("neighbours", 0), options.get("summary")
+    assert [(b.level, b.attn.neighbours, b.attn.summary) for b in encoder.blocks] == [
+        ("slice", neighbours, summary),
+        ("scan", neighbours, None if summary == "scan" else summary),
+        ("study", 0, None),
+    ]
+    for fast, true in zip(results["fast"], results["true"], strict=True):
+        torch.testing.assert_close(fast, true, rtol=1e-7, atol=1e-9)
+    assert not torch.allclose(results["fast"][0], results["plain"][0], rtol=1e-3, atol=1e-4)
+    _, layout = encoder.embed(batch)  # with its patterns, as compiled blocks need
+    assert ("slice", neighbours, summary) in layout._patterns
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"summary": "scan"}, "summary='scan' needs attention at a level below 'scan'.*'scan', 'study'"),
+        ({"summary": "series"}, "unknown level 'series'"),
+        ({"neighbours": -1}, "neighbours must be an int >= 0"),
+        ({"attn_drop": 0.1}, "attn_drop: packed rows have no dropout"),
+    ],
+)
+def test_options_that_no_block_can_have_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        HLIPEncoder(tiny_variant("vit_base_scan_study_dualdinotxt1568").encoder, **options)
+
+
 # ------------------------------------------------------------------ the CLIP model
 
 

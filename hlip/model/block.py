@@ -27,7 +27,11 @@ class Block(nn.Module):
     Args:
         dim, num_heads, mlp_ratio: as in ViT. level: where its attention stays inside.
         drop_path: the rate at which a segment of that level skips a branch during training.
-        attention: options of :class:`hlip_kernels.HierarchicalAttention` (``backend``, ``neighbours``, ``summary``).
+        attention: options of :class:`hlip_kernels.HierarchicalAttention` (``backend``, and ``neighbours`` and ``summary`` where
+            the level can have them).
+
+    Raises:
+        ValueError: dropout of attention weights, which packed rows do not have.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, level: str, drop_path: float = 0.0, **attention):
@@ -35,6 +39,10 @@ class Block(nn.Module):
         self.level = level
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        if attention.get("attn_drop"):
+            raise ValueError(
+                "attn_drop: packed rows have no dropout of attention weights; there are drop_path and patch_dropout"
+            )
         self.attn = HierarchicalAttention(dim, num_heads, qkv_bias=True, **attention)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))

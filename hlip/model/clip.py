@@ -132,10 +132,11 @@ def create_model(
         checkpoint: weights to load; see :func:`hlip.load_checkpoint`.
         patch_dropout: share of patch tokens left out in training.
         init_logit_scale, init_logit_bias: see :class:`HLIP`.
-        attention: options of :class:`hlip_kernels.HierarchicalAttention` for every block, e.g. ``backend="sdpa"``.
+        attention: options of :class:`hlip_kernels.HierarchicalAttention` for every block, e.g. ``backend="sdpa"``;
+            ``neighbours`` and ``summary`` go to the blocks whose level can have them.
 
     Raises:
-        ValueError: an unknown name (the message lists all), or a checkpoint that does not fit.
+        ValueError: an unknown name (the message lists all), a checkpoint that does not fit, an option that no block can have.
     """
     config = variant(name) if isinstance(name, str) else name
     tower = None if text is None else text_tower(config, text, pretrained=text_pretrained)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hlip_kernels import Layout, patch_grids, patchify, segment_mean, switch_level
+from hlip_kernels.layout import MEDICAL_LEVELS
+from hlip_kernels.options import options_by_level
 
 from .batch import StudyBatch
 from .block import Block
@@ -41,14 +43,21 @@ class HLIPEncoder(nn.Module):
     Args:
         config: the shape; see :class:`hlip.model.variants.Encoder`.
         patch_dropout: the share of patch tokens left out during training, per segment of the first block's level.
-        attention: options for every block's :class:`hlip_kernels.HierarchicalAttention`.
+        neighbours, summary: of attention (see :func:`hlip_kernels.attention`), for the blocks whose level can have them: the
+            study has no neighbours, and a summary must be coarser than the block's level.
+        attention: more options for every block's :class:`hlip_kernels.HierarchicalAttention`.
+
+    Raises:
+        ValueError: an unknown level, or an option that no block can have.
 
     Attributes:
         num_features: width of the pooled output: ``C``, or ``2 * C`` for the dino.txt head.
         grad_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
     """
 
-    def __init__(self, config: Encoder, *, patch_dropout: float = 0.0, **attention):
+    def __init__(
+        self, config: Encoder, *, patch_dropout: float = 0.0, neighbours: int = 0, summary: str | None = None, **attention
+    ):
         super().__init__()
         if not 0.0 <= patch_dropout < 1.0:
             raise ValueError(f"patch_dropout must be in [0, 1), got {patch_dropout}")
@@ -67,8 +76,9 @@ class HLIPEncoder(nn.Module):
         if config.max_scans:
             self.sequential_posemb = nn.Parameter(sincos_1d(config.max_scans, dim)[None], requires_grad=False)
         rates = np.linspace(0.0, config.drop_path, config.depth)
+        options = options_by_level(config.levels, MEDICAL_LEVELS, neighbours=neighbours, summary=summary)
         self.blocks = nn.ModuleList(
-            Block(dim, config.heads, config.mlp_ratio, level, float(rate), **attention)
+            Block(dim, config.heads, config.mlp_ratio, level, float(rate), **options[level], **attention)
             for level, rate in zip(config.levels, rates, strict=True)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -124,6 +134,8 @@ class HLIPEncoder(nn.Module):
             dtype=torch.get_autocast_dtype(device.type) if autocast else dtype,
             keep=keep,
         )
+        for block in self.blocks:  # patterns are made here, because run_blocks may be compiled
+            layout.pattern(block.level, neighbours=block.attn.neighbours, summary=block.attn.summary)
         # Under autocast the residual stream stays in the dtype of the weights, as in the published training.
         x = self.patch_embed(rows) + self._positions(full, keep).to(dtype)
         return torch.cat([x, self.prefix(layout)]), layout
