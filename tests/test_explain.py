@@ -1,0 +1,58 @@
+"""Relevance maps: their shape, and what they measure."""
+
+import pytest
+import torch
+from tiny import scans, tiny_model, tiny_variant
+
+pytest.importorskip("open_clip")
+
+from hlip.explain import occlusion, relevance
+from hlip.model import StudyBatch
+
+
+@pytest.mark.parametrize("method", [relevance, occlusion])
+def test_relevance_maps_have_the_shape_of_the_scans(method):
+    model = tiny_model(text=None).eval()
+    whole = scans(5, 8, 1)
+    maps = method(model, whole, torch.randn(24))
+    assert [m.shape for m in maps] == [s.shape for s in whole]
+    joined = torch.cat([m.flatten() for m in maps])
+    assert joined.min() >= 0 and joined.max() == 1.0 and joined.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", [relevance, occlusion])
+def test_relevance_inside_inference_mode(method):
+    model = tiny_model(text=None).eval()
+    whole, text = scans(5), torch.randn(24)  # one scan: packing does not copy it
+    expected = method(model, whole, text)
+    with torch.inference_mode():
+        (got,) = method(model, [s.clone() for s in whole], text.clone())
+        made_inside = tiny_model(text=None).eval()
+    assert torch.equal(got, expected[0]) and got.max() == 1.0
+    if method is relevance:
+        with pytest.raises(ValueError, match="made inside torch.inference_mode"):
+            relevance(made_inside, whole, text)
+
+
+def test_occlusion_is_the_fall_of_the_cosine():
+    """Checked by leaving a whole patch-deep scan out of the study by hand."""
+    variant = tiny_variant("vit_base_scan_study_dualdinotxt1568", 2, patch_size=(8, 16, 16))
+    model = tiny_model(text=None, variant=variant).eval()
+    whole = scans(8, 8, 8)  # one patch each
+
+    def features(scans_):
+        with torch.no_grad():
+            return model.encode_image(StudyBatch.pack([scans_]))[0, 0]
+
+    # An empty scan keeps its prefix rows: what is left out is the patch, not the scan.
+    empty = torch.zeros(0, 16, 16, dtype=torch.uint8)
+    text = features(whole)  # the whole study fits best: everything left out is a fall
+    falls = [
+        1
+        - float(torch.nn.functional.cosine_similarity(features([empty if i == j else s for j, s in enumerate(whole)]), text, 0))
+        for i in range(3)
+    ]
+    maps = occlusion(model, whole, text)
+    assert min(falls) > 1e-3
+    for fall, m in zip(falls, maps, strict=True):
+        assert float(m.max()) == pytest.approx(fall / max(falls), abs=1e-3)
