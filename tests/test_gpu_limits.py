@@ -5,8 +5,8 @@ Skipped without one. Part of the GPU gate; what is not at an end is in tests/tes
 
 import pytest
 import torch
-from attention_truth import relative
 import torch.nn.functional as F
+from attention_truth import relative
 
 from hlip_kernels import HierarchicalAttention, Layout, attention, segment_mean, switch_level
 from hlip_kernels.backends import BACKENDS, Query
