@@ -1,6 +1,7 @@
 """The tables of ``auto``: which line is taken, the user's before the shipped, broken files, and the command that measures."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_the_shipped_table_says_what_each_line_rests_on():
     assert all(line.backend in BACKENDS and line.evidence for line in auto.SHIPPED)
     for line in auto.SHIPPED:
         if line.device_type == "cuda" and line.backend != "sdpa":
-            assert "predicted" in line.evidence  # until a GPU has been measured
+            assert re.search(r"^(predicted|compiled) .*; not yet run on a GPU$|which nobody has listed$", line.evidence)
 
 
 def test_the_shipped_lines_for_short_segments_are_what_the_models_say():
@@ -60,21 +61,6 @@ def test_a_line_of_the_models_ends_where_one_of_the_cards_falls_behind(monkeypat
     assert predict_auto.numbers("hopper", 64) == (32, 0.8, 1.5, 16)  # what the kernels can hold
     made_up["H200"][16] = 1.2
     assert predict_auto.numbers("hopper", 64) is None
-
-
-def test_ratios_are_those_of_the_models():
-    from hlip_kernels import Layout
-    from hlip_kernels.performance import RATES, predict
-    from hlip_kernels.performance_short import predict_short
-
-    layout = Layout.from_lengths([64] * (predict_auto.ROWS // 64), levels=("a",))
-    kind = {"heads": predict_auto.HEADS, "head_dim": 96, "dtype": torch.bfloat16, "rates": RATES["H200"]}
-    times = [
-        sum(getattr(model(layout, "a", backward=backward, **kind), bound) for backward in (False, True))
-        for bound in ("overlapped", "serial")
-        for model in (predict_short, predict)
-    ]
-    assert predict_auto.ratios("H200", 96, 64) == pytest.approx((times[0] / times[1], times[2] / times[3]))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Case:
         fast = Numerics(deterministic=False)
         if self.kernel == "attention_backward_fused" and not backend.is_fused(device, dtype, self.head_dim, self.length, fast):
             return None
-        return backend.config_for(self.kernel, dtype, self.head_dim, backend.family_of(device))
+        return backend.config_for(self.kernel, dtype, self.head_dim, backend.tile_family(device))
 
     def make(self):
         """A function of a configuration that runs the pass once."""

@@ -1,4 +1,4 @@
-"""torch's own fused attention over groups of segments of equal length: no padding, any device.
+"""torch's own fused attention over groups of segments of equal length: no padding, on CPUs and GPUs.
 
 Records are grouped by (query length, key length). All rows are gathered once, in the order of the groups, and each group is
 attended in one call on a view ``(n, H, L, D)``. Rows that lie in that order already are used where they are; in a

@@ -245,7 +245,7 @@ def on_card(capability: tuple[int, int] = (8, 0), multiprocessors: int = MULTIPR
     before = triton.runtime.driver._active
     with contextlib.ExitStack() as stack:
         for target, name, value in (
-            (triton_backend, "family_of", lambda device: family),
+            (triton_backend, "tile_family", lambda device: family),
             (hopper_backend, "_multiprocessors", lambda device: multiprocessors),
             (torch.cuda, "device", lambda device: contextlib.nullcontext()),
             (CUDABackend, "make_cubin", lambda self, ptx, *rest: ptx.encode()),

@@ -14,7 +14,7 @@ import torch
 from ..base import LEAST_SCALE, LOG2_E, Backend, Numerics, Query, Support, copied, on, strides_of
 from ..determinism import wants_same_bits
 from . import config as tables
-from .config import DTYPES, MAX_HEAD_DIM, config_for, family_of, has_tf32
+from .config import DTYPES, MAX_HEAD_DIM, config_for, has_tf32, tile_family
 
 
 def interpreted() -> bool:
@@ -53,7 +53,7 @@ class TritonBackend(Backend):
         from . import kernels
 
         num_rows, heads, head_dim = q.shape
-        tf32, family = _tf32(q, numerics), family_of(q.device)
+        tf32, family = _tf32(q, numerics), tile_family(q.device)
         if scale < 0:  # the kernel takes the largest logit before it scales
             q, scale = -q, -scale
         q, k, v = map(_regular, (q, k, v))
@@ -88,7 +88,7 @@ def is_fused(device: torch.device, dtype: torch.dtype, head_dim: int, longest: i
     if wants_same_bits(numerics) or longest < tables.FUSED_FROM:
         return False
     tf32 = numerics.allow_tf32 and has_tf32(device)
-    return config_for("attention_backward_fused", dtype, head_dim, family_of(device), tf32) is not None
+    return config_for("attention_backward_fused", dtype, head_dim, tile_family(device), tf32) is not None
 
 
 def _split_backward(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, scale, tf32):
@@ -96,7 +96,7 @@ def _split_backward(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, s
     from . import kernels
 
     num_rows, heads, head_dim = q.shape
-    family = family_of(q.device)
+    family = tile_family(q.device)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     delta = torch.empty((2, *lse.shape), dtype=lse.dtype, device=lse.device)
 
@@ -126,7 +126,7 @@ def _fused_backward(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, s
     heads, head_dim = q.shape[1:]
     dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
     delta, dq_sum = prepare_fused(out, grad_out, grad_lse, has_grad_lse, tf32)
-    config = config_for("attention_backward_fused", q.dtype, head_dim, family_of(q.device), tf32)
+    config = config_for("attention_backward_fused", q.dtype, head_dim, tile_family(q.device), tf32)
     tiles, records = plan.tiles(config.block_n, q.device, transposed=True)
     _launch(
         kernels.attention_backward_fused, config, tiles, heads, head_dim, tf32, q.device,
@@ -143,7 +143,7 @@ def prepare_fused(out, grad_out, grad_lse, has_grad_lse, tf32=False) -> tuple[to
     num_rows, heads, head_dim = out.shape
     dq_sum = torch.empty(out.shape, dtype=torch.float32, device=out.device)
     delta = torch.empty((heads, num_rows), dtype=torch.float32, device=out.device)
-    config = config_for("attention_backward_delta", out.dtype, head_dim, family_of(out.device), tf32)
+    config = config_for("attention_backward_delta", out.dtype, head_dim, tile_family(out.device), tf32)
     strides = strides_of(out, grad_out, dq_sum)
     with on(out.device):
         kernels.attention_backward_delta[_grid(-(-num_rows // config.block_m), heads)](

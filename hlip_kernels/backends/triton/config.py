@@ -344,7 +344,7 @@ _AMD = {
 
 
 @cache
-def family_of(device: torch.device) -> str:
+def tile_family(device: torch.device) -> str:
     """The family of a device; the CPU, where kernels are interpreted, counts as ``"hopper"``."""
     if torch.version.hip is not None:
         return "amd"
