@@ -25,6 +25,8 @@ import torch
 from .backends.triton.config import KERNELS, Config, config_for
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
+# One for each width of a tile that has more columns than the head; not multiples of 16, so that strides are not either.
+PARTLY = (24, 40, 72, 88, 120, 136, 248)
 # What the inputs are and whether TF32 products are allowed, by the name it has here and in the record.
 KINDS = {
     "float16": (torch.float16, False),
@@ -186,11 +188,14 @@ def _read_amdgcn(assembly: str, target: Architecture) -> tuple[int, int, list[st
     return registers, private, re.findall(target.matrix, assembly)
 
 
-def shipped(archs=ARCHITECTURES, kinds=KINDS, head_dims=HEAD_DIMS, kernels=KERNELS):
-    """Yields ``(kernel, kind, head_dim, arch)`` of every combination that there are tiles for."""
+def shipped(archs=ARCHITECTURES, kinds=KINDS, head_dims=None, kernels=KERNELS):
+    """Yields ``(kernel, kind, head_dim, arch)`` of every combination that there are tiles for.
+
+    Head dims, if none are given: :data:`HEAD_DIMS`, and for bfloat16, which stands for all in this, :data:`PARTLY`.
+    """
     for arch in archs:
         for kind in kinds:
-            for head_dim in head_dims:
+            for head_dim in head_dims or (HEAD_DIMS + PARTLY * (kind == "bfloat16")):
                 for kernel in kernels:
                     dtype, tf32 = KINDS[kind]
                     if config_for(kernel, dtype, head_dim, ARCHITECTURES[arch].family, tf32) is not None:
@@ -218,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hlip_kernels.resources", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--dtype", nargs="+", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
+    parser.add_argument("--head-dim", nargs="+", type=int)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)

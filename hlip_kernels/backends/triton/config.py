@@ -342,6 +342,13 @@ _AMD = {
     },
 }
 
+# In place of the above where a tile has more columns than the head: looking where the head ends takes registers.
+# (family, kernel, bytes per element or "tf32", columns).
+_PARTLY = {
+    ("ampere", "attention_backward_fused", 2, 64): Config(32, 64, 8, 2),
+    ("ampere", "attention_backward_dq", 2, 192): Config(32, 32, 8, 2),
+}
+
 
 @cache
 def tile_family(device: torch.device) -> str:
@@ -374,6 +381,8 @@ def config_for(kernel: str, dtype: torch.dtype, head_dim: int, family: str, allo
     for columns in WIDTHS:
         width = sum(columns)
         found = own.get(width, common.get(width))
+        if head_dim < width:
+            found = _PARTLY.get((family, *key, width), found)
         if width >= head_dim and found != WIDER:
             return found and replace(found, columns=columns)
     raise ValueError(f"head dim {head_dim} is larger than {MAX_HEAD_DIM}")
