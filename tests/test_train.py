@@ -145,7 +145,11 @@ def test_what_decays():
     decay, rest = (group["params"] for group in parameter_groups(model, 0.2))
     names = {id(p): n for n, p in model.named_parameters()}
     assert not any(names[id(p)].endswith("bias") or "logit_scale" in names[id(p)] or p.ndim < 2 for p in decay)
-    assert {"visual.trunk.blocks.0.attn.qkv.weight", "text.proj.weight"} <= {names[id(p)] for p in decay}
+    decaying = {names[id(p)] for p in decay}
+    assert {"visual.trunk.blocks.0.attn.qkv.weight", "text.proj.weight"} <= decaying
+    # As published: the prefix tokens decay too, and nothing in the model says otherwise to optimisers that ask it.
+    assert {"visual.trunk.cls_token", "visual.trunk.reg_token"} <= decaying
+    assert not any(hasattr(module, "no_weight_decay") for module in (model, model.visual, model.visual.trunk))
     assert len(decay) + len(rest) == sum(p.requires_grad for p in model.parameters())
 
 

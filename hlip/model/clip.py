@@ -36,9 +36,6 @@ class VisualTower(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.trunk.set_grad_checkpointing(enable)
 
-    def no_weight_decay(self) -> set[str]:
-        return {f"trunk.{name}" for name in self.trunk.no_weight_decay()}
-
 
 class HLIP(nn.Module):
     """A CLIP model over whole studies: ``visual.trunk.*``, ``visual.head.proj``, ``text.*``, ``logit_scale``, ``logit_bias``.
@@ -105,9 +102,6 @@ class HLIP(nn.Module):
     def lock_text_tower(self, freeze_layer_norm: bool = False) -> None:
         """Freezes the text transformer, by default (as published) except its layer norms; its projection still trains."""
         self.text.lock(0, freeze_layer_norm)
-
-    def no_weight_decay(self) -> set[str]:
-        return {f"visual.{name}" for name in self.visual.no_weight_decay()}
 
 
 def create_model(

@@ -94,9 +94,6 @@ class HLIPEncoder(nn.Module):
         for name in self.config.prefix:
             nn.init.normal_(getattr(self, f"{name}_token"), std=1e-6)
 
-    def no_weight_decay(self) -> set[str]:
-        return {"cls_token", "reg_token", "spatial_posemb", "sequential_posemb"}
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
