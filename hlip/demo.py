@@ -13,7 +13,7 @@ import torch
 from .evaluate import zero_shot_classifier
 from .explain import occlusion
 from .simulate import SimulatedStudies, simulated_benchmark
-from .train.config import config_from
+from .train.config import config_from, load_config
 from .train.loop import train
 from .train.run import Run, load_run
 
@@ -38,7 +38,9 @@ def demo(run: str | Path, *, minutes: float | None = None) -> int:
         "The only labels are the sentences of the reports.\n",
         flush=True,
     )
-    metrics = train(config)
+    metrics = train(config, overwrite=_is_demo(Path(run)))
+    if metrics is None:
+        raise ValueError(f"{run} was trained, but could not be evaluated; see the lines above")
     print(f"\nZero-shot on {metrics.num_studies} held-out studies (chance: AUC 0.5, recall {1 / len(metrics.classes):.2f})\n")
     print(metrics.table())
     finished = load_run(run)
@@ -48,6 +50,12 @@ def demo(run: str | Path, *, minutes: float | None = None) -> int:
     print(f"Model: {run}   Time: {(time.monotonic() - began) / 60:.1f} min   Peak memory: {memory:.1f} GB", flush=True)
     print(f"\nNext: hlip embed STUDY... --run {run}   |   hlip train --config examples/train.yaml")
     return 0
+
+
+def _is_demo(folder: Path) -> bool:
+    """Whether a folder holds an earlier run on simulated studies, which another demo may replace."""
+    file = folder / "config.yaml"
+    return file.is_file() and load_config(file).data.train == "simulated"
 
 
 def draw(run: Run, path: Path, *, candidates: int = 24) -> tuple[Path, str]:

@@ -364,13 +364,13 @@ def test_too_few_studies_say_so(folder, tmp_path):
 def test_a_loss_that_is_not_finite_skips_the_step(folder, tmp_path, caplog):
     from accelerate import Accelerator
 
-    from hlip.train.loop import Trainer, make_datasets, make_tokenizer, open_tokenizer
+    from hlip.train.inputs import make_datasets, make_tokenizer
+    from hlip.train.loop import Trainer
     from hlip.train.run import build_model
 
     config = run_config(folder, tmp_path / "r")
     dataset, _, _ = make_datasets(config)
-    make_tokenizer(config, dataset)
-    tokenizer = open_tokenizer(config)
+    tokenizer = make_tokenizer(config, dataset)
     trainer = Trainer(
         config, Accelerator(cpu=True), build_model(config.model, vocab_size=tokenizer.vocab_size), tokenizer, dataset, None
     )

@@ -23,6 +23,7 @@ from tiny import TEXT, scans, tiny_model, tiny_variant
 pytest.importorskip("open_clip")
 pytest.importorskip("accelerate")
 
+from hlip.train import folder as run_folder
 from hlip.train import load_run, loop, train
 from hlip.train.config import config_from
 from hlip.train.examples import Example
@@ -194,7 +195,7 @@ def whole_run(values, *, resume=False, validation_takes=0.0, stop_at=None, secon
         second_per_look: how far the training loop's clock, of either process, moves whenever it is read; 0 for the real one.
     """
     seen = SimpleNamespace(names=[], losses=[], steps=[], written=[], trainer=None, metrics=None, lines=[])
-    take, validate, write, now = loop.Trainer.train_step, Validation.run, loop.write_atomically, [0.0]
+    take, validate, write, now = loop.Trainer.train_step, Validation.run, run_folder.write_atomically, [0.0]
 
     def train_step(self, batches):
         seen.trainer = self
@@ -214,7 +215,7 @@ def whole_run(values, *, resume=False, validation_takes=0.0, stop_at=None, secon
         return now[0]
 
     loop.Trainer.train_step, Validation.run = train_step, run
-    loop.write_atomically = lambda path, writer: (seen.written.append(path.name), write(path, writer))
+    run_folder.write_atomically = lambda path, writer: (seen.written.append(path.name), write(path, writer))
     if any(second_per_look):
         loop.time = SimpleNamespace(monotonic=monotonic)
     with said() as seen.lines:
@@ -244,7 +245,7 @@ def test_a_run_sees_every_study_once_an_epoch_and_writes_once(folder, whole):
         a, b = (sum(seen.names[2 * epoch : 2 * epoch + 2], []) for seen in whole)
         assert len(a) == len(b) == 4 and sorted(a + b) == [f"s{i}" for i in range(8)]
     assert equal(first.weights, second.weights)
-    assert first.written == ["state.pt"] * 2 and second.written == []
+    assert first.written == ["config.yaml", *["state.pt"] * 2] and second.written == []
     saved = load_run(folder / "whole").model.state_dict()
     assert all(torch.equal(value, saved[name.removeprefix("module.")]) for name, value in first.weights.items())
     assert first.metrics is None and second.metrics is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,15 +16,19 @@ class DataConfig:
     """Where studies come from.
 
     Attributes:
-        train, valid: a folder with one sub-folder per study, or ``simulated``.
+        train: a folder with one sub-folder per study, or ``simulated``.
+        valid: likewise a folder, to evaluate on; empty: none. Simulated studies bring their own.
         reports: a CSV with columns ``study`` and ``report`` (one row per sentence or per report). Without it, each study
             folder holds ``report.txt``.
         labels: a CSV with a column ``study`` and one column of 0 and 1 per class, for zero-shot evaluation on ``valid``.
         preset: how scans are prepared (``hlip info --presets`` lists them), or ``auto``.
         cache: a folder for prepared scans, so that they are read and resampled once.
         max_scans: keep a random choice of at most this many scans of a study in training; 0 keeps all.
-        num_train, num_valid, image_size, min_scans, max_scans_simulated, min_slices, max_slices: of simulated studies.
+        min_slices: no scan has fewer: in a folder, thinner ones are left out (see :class:`hlip.data.Limits`); simulated
+            studies have none.
+        follow_links: also read what links in a study's folder point to outside of it.
         workers: loader processes. Simulated studies are rendered by as many, once, before training.
+        num_train, num_valid, image_size, min_scans, max_scans_simulated, max_slices: of simulated studies.
     """
 
     train: str = "simulated"
@@ -33,14 +38,24 @@ class DataConfig:
     preset: str = "auto"
     cache: str = ""
     max_scans: int = 0
+    min_slices: int = 3
+    follow_links: bool = False
     workers: int = 1
     num_train: int = 2000
     num_valid: int = 200
     image_size: int = 96
     min_scans: int = 2
     max_scans_simulated: int = 5
-    min_slices: int = 6
     max_slices: int = 20
+
+    def _checks(self) -> dict[str, tuple[bool, str]]:
+        return {
+            "data.train": (bool(self.train), "a folder, or simulated"),
+            "data.max_scans": (self.max_scans >= 0, "at least 0 (all)"),
+            "data.min_slices": (self.min_slices >= 1, "at least 1"),
+            "data.workers": (self.workers >= 0, "at least 0"),
+            "data.num_valid": (self.num_valid >= 0, "at least 0 (none)"),
+        }
 
 
 @dataclass
@@ -86,6 +101,27 @@ class ModelConfig:
     grad_checkpointing: bool = False
     backend: str = "auto"
 
+    def _checks(self) -> dict[str, tuple[bool, str]]:
+        sizes = all(1 <= p <= n for p, n in zip(self.patch_size, self.image_size, strict=True))
+        levels = ("slice", "scan", "study")
+        return {
+            "model.patch_size": (sizes, f"at least 1 and at most image_size, {list(self.image_size)}, in each direction"),
+            "model.width": (self.width >= 4 and self.width % 4 == 0, "a multiple of 4 (sines and cosines of two directions)"),
+            "model.heads": (self.heads >= 1 and self.width % self.heads == 0, f"a divisor of width, {self.width}"),
+            "model.levels": (
+                bool(self.levels) and set(self.levels) <= set(levels),
+                f"one of {', '.join(levels)} for each block",
+            ),
+            "model.prefix": (self.prefix in (("cls",), ("cls", "reg")), "[cls] or [cls, reg]"),
+            "model.pool": (self.pool in ("cls", "dinotxt"), "cls or dinotxt"),
+            "model.drop_path": (0 <= self.drop_path < 1, "at least 0 and below 1"),
+            "model.embed_dim": (self.embed_dim >= 1, "at least 1"),
+            "model.text": (bool(self.text), "published, tiny, a folder or a Hugging Face id"),
+            "model.context_length": (self.context_length == 0 or self.context_length >= 3, "at least 3, or 0 for the model's"),
+            "model.patch_dropout": (0 <= self.patch_dropout < 1, "at least 0 and below 1"),
+            "model.loss": (self.loss in ("", "clip", "siglip", "dual"), "clip, siglip, dual or empty"),
+        }
+
 
 @dataclass
 class TrainConfig:
@@ -130,25 +166,35 @@ class TrainConfig:
     prompts: str = ""
     seed: int = 0
 
-    def validate(self) -> None:
-        """Raises ValueError for values that make no sense, naming the field."""
-        checks = {
-            "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size >= 2,
-            "accumulate": self.accumulate >= 1,
-            "lr": self.lr > 0,
-            "precision": self.precision in ("fp32", "bf16"),
-            "text_mode": self.text_mode in ("report", "sentence"),
-            "model.loss": self.model.loss in ("", "clip", "siglip", "dual"),
-            "model.patch_dropout": 0 <= self.model.patch_dropout < 1,
-            "data.workers": self.data.workers >= 0,
-            "save_minutes": self.save_minutes >= 0,
-        }
-        wrong = [name for name, ok in checks.items() if not ok]
+    def validate(self, source: str = "config") -> None:
+        """Raises ValueError for values that make no sense, naming ``source``, the fields and what was expected."""
+        checks = {**self._checks(), **self.data._checks(), **self.model._checks()}
+        wrong = [
+            f"{name} must be {expected}, got {_get(self, name)!r}" for name, (fine, expected) in checks.items() if not fine
+        ]
         if wrong:
-            values = ", ".join(f"{name} = {_get(self, name)!r}" for name in wrong)
-            raise ValueError(f"config: {values} cannot be; batch_size needs at least 2 (contrast), precision is fp32 or bf16, "
-                             "text_mode is report or sentence, loss is clip, siglip or dual")  # fmt: skip
+            raise ValueError(f"{source}: " + "; ".join(wrong))
+
+    def _checks(self) -> dict[str, tuple[bool, str]]:
+        return {
+            "run": (bool(self.run.strip()), "a folder to write"),
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 2, "at least 2 (studies are contrasted with each other)"),
+            "accumulate": (self.accumulate >= 1, "at least 1"),
+            "lr": (0 < self.lr < math.inf, "above 0"),
+            "warmup": (0 <= self.warmup < math.inf, "at least 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
+            "beta1": (0 <= self.beta1 < 1, "at least 0 and below 1"),
+            "beta2": (0 <= self.beta2 < 1, "at least 0 and below 1"),
+            "eps": (0 < self.eps < math.inf, "above 0"),
+            "clip_grad": (0 <= self.clip_grad < math.inf, "at least 0 (none)"),
+            "precision": (self.precision in ("fp32", "bf16"), "fp32 or bf16"),
+            "text_mode": (self.text_mode in ("report", "sentence"), "report or sentence"),
+            "max_minutes": (0 <= self.max_minutes < math.inf, "at least 0 (no limit)"),
+            "save_minutes": (0 <= self.save_minutes < math.inf, "at least 0 (after epochs only)"),
+            "evaluate_every": (self.evaluate_every >= 0, "at least 0 (only at the end)"),
+            "seed": (0 <= self.seed < 2**31, "from 0 to 2147483647"),
+        }
 
     def to_dict(self) -> dict:
         """Plain data, for YAML."""
@@ -172,7 +218,9 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_bytes()) or {}
+    except yaml.reader.ReaderError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8, save it as that ({error.reason})") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
     return config_from(values, overrides, source=str(path))
@@ -185,17 +233,23 @@ def config_from(values: Mapping, overrides: Mapping[str, Any] | None = None, *, 
         *parents, last = name.split(".")
         node = values
         for parent in parents:
-            node = node.setdefault(parent, {})
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise ValueError(f"{name} cannot be set: {parent} is one value, {node!r}, not a group of fields")
         node[last] = value
     config = _build(TrainConfig, values, source)
-    config.validate()
+    config.validate(source)
     return config
 
 
 def _copy(values: Any, source: str) -> dict:
+    if values is None:  # a group of fields all of which are commented out
+        return {}
     if not isinstance(values, Mapping):
         raise ValueError(f"{source}: expected names and values, got {type(values).__name__}")
-    return {k: _copy(v, source) if isinstance(v, Mapping) else v for k, v in values.items()}
+    return {k: _copy(v, f"{source}: {k}") if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
 def _build(kind: type, values: Mapping, source: str) -> Any:

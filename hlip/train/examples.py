@@ -75,6 +75,7 @@ class FolderStudies(Dataset):
         max_scans: a random choice of at most this many scans each time; 0 keeps all.
         need_reports: leave out studies without a report.
         substitute: see above; for training.
+        limits: of reading, see :func:`hlip.data.read_study`.
 
     Raises:
         FileNotFoundError: no such folder. ValueError: no study in it, or no report for any of them.
@@ -82,10 +83,11 @@ class FolderStudies(Dataset):
 
     def __init__(
         self, folder: str | Path, *, paths: Sequence[Path] | None = None, reports: str | Path = "", preset: str = "auto",
-        cache: str | Path = "", max_scans: int = 0, need_reports: bool = True, substitute: bool = False,
+        cache: str | Path = "", max_scans: int = 0, need_reports: bool = True, substitute: bool = False, **limits,
     ):  # fmt: skip
         self.folder, self.preset, self.max_scans, self.substitute = Path(folder), preset, max_scans, substitute
         self.cache = Path(cache) if cache else None
+        self.limits = limits
         self._failed: set[Path] = set()
         if paths is None:
             if not self.folder.is_dir():
@@ -150,17 +152,18 @@ class FolderStudies(Dataset):
 
     def _scans(self, path: Path) -> tuple[list[Tensor], float]:
         if self.cache is None:
-            return prepare_study(path, self.preset)
+            return prepare_study(path, self.preset, **self.limits)
         from safetensors.torch import load_file
 
         stamp = "|".join(f"{p.relative_to(path)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in _files(path))
-        key = hashlib.sha256(f"1|{self.preset}|{path.resolve()}|{stamp}".encode()).hexdigest()[:24]
+        limits = "".join(f"{name}={value}|" for name, value in sorted(self.limits.items()))
+        key = hashlib.sha256(f"1|{self.preset}|{limits}{path.resolve()}|{stamp}".encode()).hexdigest()[:24]
         stored = self.cache / f"{key}.safetensors"
         if stored.is_file():
             tensors = load_file(str(stored))
             max_value = float(tensors.pop("max_value"))
             return [tensors[name] for name in sorted(tensors)], max_value
-        scans, max_value = prepare_study(path, self.preset)
+        scans, max_value = prepare_study(path, self.preset, **self.limits)
         tensors = {f"scan{i:03d}": scan for i, scan in enumerate(scans)}
         write_tensors({**tensors, "max_value": torch.tensor(max_value)}, stored)
         return scans, max_value
@@ -180,11 +183,11 @@ class SimulatedExamples(Dataset):
         return Example(f"simulated-{index}", list(study.scans), list(study.sentences))
 
 
-def prepare_study(path: Path, preset: str) -> tuple[list[Tensor], float]:
+def prepare_study(path: Path, preset: str, **limits) -> tuple[list[Tensor], float]:
     """Reads one study and prepares its scans: tensors ``(D, H, W)`` of one dtype, and the stored value that means 1."""
     from ..data import PRESETS, auto_preset, prepare, read_study
 
-    study = read_study(path)
+    study = read_study(path, **limits)
     name = auto_preset(study).preset if preset == "auto" else preset
     scans = [prepared.voxels for scan in study.scans for prepared in prepare(scan, name)]
     return scans, float(PRESETS[name].max_value)

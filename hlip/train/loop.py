@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import yaml
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..evaluate import Benchmark, Metrics, benchmark
+from ..evaluate import Metrics
 from ..losses import ContrastiveLoss
-from ..model import HLIP, Tokenizer, load_checkpoint, load_mae, train_tokenizer
+from ..model import HLIP, Tokenizer, load_checkpoint, load_mae
 from ..progress import progress_bar
-from ..storage import write_atomically, write_tensors
 from .config import TrainConfig
-from .examples import Batch, Collate, FolderStudies, SimulatedExamples, read_labels, seed_worker
+from .examples import Batch, Collate, SimulatedExamples, seed_worker
+from .folder import check_folder, save_state, start_folder
+from .inputs import make_datasets, make_tokenizer
 from .processes import main_says, make_accelerator, patient_group, said_once
-from .run import build_model, context_length, load_state, loss_kind
+from .run import build_model, check_model, check_text_length, load_state, loss_kind, open_tokenizer
 from .step import contrastive_step, random_state, set_random_state
 from .validate import Validation
 
@@ -43,38 +43,41 @@ class ShardedShuffle(Sampler):
         yield from mine[self.skip :]
 
 
-def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> Metrics | None:
+def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Metrics | None:
     """Trains a model and writes a run folder (see :mod:`hlip.train.run`), with all processes of a ``torchrun`` together.
+
+    What the config names is checked, built and restored before anything is written: a start that fails leaves an earlier
+    run in the folder as it was.
 
     Args:
         config: everything.
-        resume: go on from the folder's last saved state, if there is one.
+        resume: go on from the folder's last saved state; without one, start anew and say so.
+        overwrite: an earlier run in the folder may be replaced.
         progress: show a progress bar.
 
     Returns:
         The last zero-shot metrics, or ``None`` when there was nothing to evaluate on, and on all but the main process.
+
+    Raises:
+        FileNotFoundError, ValueError: the config, or what it names, cannot be used; or the folder holds a run that is
+            neither to be resumed nor to be replaced, or that is of another model. OSError: the folder cannot be written.
     """
     from accelerate.utils import set_seed
 
     config.validate()
+    check_model(config.model)
     accelerator = make_accelerator(config)
     set_seed(config.seed, device_specific=True)
-    folder = Path(config.run)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-
     with said_once(accelerator):
+        goes_on = check_folder(config, resume=resume, overwrite=overwrite)
         dataset, validation_set, prompts = make_datasets(config)
+        tokenizer = open_tokenizer(Path(config.run), config.model) if goes_on else make_tokenizer(config, dataset)
     if isinstance(dataset, SimulatedExamples):
         for studies in (dataset.studies, validation_set):
             if studies is not None:
                 studies.render_all(config.data.workers, progress=progress and accelerator.is_main_process)
-    if accelerator.is_main_process:
-        make_tokenizer(config, dataset)
-    accelerator.wait_for_everyone()
-    tokenizer = open_tokenizer(config)
     model = build_model(config.model, vocab_size=tokenizer.vocab_size)
+    check_text_length(config.model, model)
     if config.model.mae:
         load_mae(model.visual.trunk, config.model.mae)
     if config.model.checkpoint:
@@ -82,6 +85,8 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     trainer = Trainer(config, accelerator, model, tokenizer, dataset, Validation.make(validation_set, prompts, config))
     if resume:
         trainer.resume()
+    if accelerator.is_main_process:
+        start_folder(config, None if goes_on else tokenizer)
     return trainer.run(progress=progress)
 
 
@@ -128,7 +133,7 @@ class Trainer:
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.patient = patient_group(accelerator)
-        self.step, self.seconds, self.saved = 0, 0.0, time.monotonic()
+        self.step, self.seconds, self.saved = 0, 0.0, time.monotonic()  # seconds: trained by this process, since it started
         self.folder = Path(config.run)
         self.writer = None
 
@@ -142,7 +147,9 @@ class Trainer:
 
             self.writer = SummaryWriter(str(self.folder / "tensorboard"))
         bar = progress_bar(total=self.total_steps, initial=self.step, unit="step", disable=not (progress and main))
-        metrics, evaluated, started = None, -1, time.monotonic() - self.seconds
+        metrics, evaluated, started = None, -1, time.monotonic()
+        if self.step >= self.total_steps:
+            self._say(bar, f"{self.folder} has made all its {self.total_steps} steps: nothing is left to train")
         try:
             while self.step < self.total_steps and not self._late():
                 epoch = self.step // self.steps_per_epoch
@@ -157,13 +164,15 @@ class Trainer:
                         break
                     if self._save_is_due():
                         self.save()
+                self.save()  # before anything else can go wrong
                 every = self.config.evaluate_every
                 if every and self.step % (every * self.steps_per_epoch) == 0:
                     metrics, evaluated = self.evaluate(bar), self.step
-                self.save()
+            if self.step < self.total_steps:
+                minutes = f"max_minutes = {self.config.max_minutes:g}"
+                self._say(bar, f"stopped after step {self.step} of {self.total_steps} ({minutes}); resuming goes on from here")
             if evaluated != self.step:
                 metrics = self.evaluate(bar)
-                self.save()
         finally:
             bar.close()
             if self.writer is not None:
@@ -215,6 +224,11 @@ class Trainer:
         if self.patient is not None:
             torch.distributed.barrier(group=self.patient)
 
+    def _say(self, bar, line: str) -> None:
+        """A line from the main process: above the progress bar where there is one, or else into the log."""
+        if self.accelerator.is_main_process:
+            (bar.write if bar is not None and not bar.disable else log.info)(line)
+
     def _show(self, bar, batches: list[Batch], loss: float, seconds: float) -> None:
         processes = self.accelerator.num_processes
         studies = sum(len(b.names) for b in batches) * processes
@@ -231,25 +245,40 @@ class Trainer:
     # ------------------------------------------------------------------ evaluation and saving
 
     def evaluate(self, bar=None) -> Metrics | None:
-        """Zero-shot metrics on the validation studies, from the main process; the others wait and get ``None``."""
+        """Zero-shot metrics on the validation studies, from the main process; the others wait and get ``None``.
+
+        Also ``None``, and a warning, when there is no result: no study can be read, or scores are not finite. Random
+        numbers afterwards are as if nothing had been evaluated.
+        """
         if self.validation is None:
             return None
-        metrics = self._validate(bar) if self.accelerator.is_main_process else None
+        metrics = None
+        if self.accelerator.is_main_process:
+            before = random_state(self.accelerator.device)
+            try:
+                metrics = self._validate(bar)
+            except ValueError as error:  # the weights are saved; training them further may well be worth while
+                log.warning("step %d: not evaluated: %s", self.step, error)
+            finally:
+                set_random_state(before, self.accelerator.device)
         self._wait()
         return metrics
 
     def _validate(self, bar) -> Metrics:
         model = self.accelerator.unwrap_model(self.model)
         metrics = self.validation.run(model, self.tokenizer, self.accelerator.device)
-        line = f"step {self.step}: zero-shot macro AUC {metrics.macro_auc:.3f} on {metrics.num_studies} studies"
-        (bar.write if bar is not None and not bar.disable else log.info)(line)
+        self._say(bar, f"step {self.step}: zero-shot macro AUC {metrics.macro_auc:.3f} on {metrics.num_studies} studies")
         if self.writer is not None:
             self.writer.add_scalar("zero_shot/macro_auc", metrics.macro_auc, self.step)
             self.writer.add_scalar("zero_shot/macro_balanced_accuracy", metrics.macro_balanced_accuracy, self.step)
         return metrics
 
     def save(self) -> None:
-        """Writes weights and state, once for all processes; an interrupted write leaves the last good ones."""
+        """Writes weights and state, once for all processes; an interrupted write leaves the last good ones.
+
+        Raises:
+            OSError: they cannot be written, e.g. because the disk is full.
+        """
         from accelerate.utils import gather_object
 
         self.saved = time.monotonic()
@@ -258,14 +287,12 @@ class Trainer:
             model = self.accelerator.unwrap_model(self.model)
             state = {
                 "step": self.step,
-                "seconds": self.seconds,
                 "total_steps": self.total_steps,
                 "model": model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "random_states": random_states,
             }
-            write_atomically(self.folder / "state.pt", lambda partial: torch.save(state, partial))
-            write_tensors(model.state_dict(), self.folder / "model.safetensors")
+            save_state(self.folder, state, model.state_dict())
         self._wait()
 
     def resume(self) -> bool:
@@ -291,12 +318,21 @@ class Trainer:
                 f"{path} was saved for {state['total_steps']} steps, this config makes {self.total_steps}: resume with the "
                 "same data, batch size, epochs and processes, or start a new run from its weights (model.checkpoint)"
             )
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        model, saved = self.accelerator.unwrap_model(self.model), state["model"]
+        own = model.state_dict()
+        for name in {**own, **saved}:
+            there, here = (tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (saved, own))
+            if there != here:
+                raise ValueError(f"{path} is the state of another model: {name} is {there} there, {here} here")
+        model.load_state_dict(saved)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:  # other parameters are trained
+            raise ValueError(f"{path} does not fit what this config trains (model.lock_text, model.loss?): {error}") from error
         states = state.get("random_states", ())  # one for each process
         if len(states) == self.accelerator.num_processes:
             set_random_state(states[self.accelerator.process_index], self.accelerator.device)
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step = state["step"]
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
@@ -315,59 +351,3 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
             exempt = parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
             (rest if exempt else decay).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-
-
-# ---------------------------------------------------------------------- what the config names
-
-
-def make_datasets(config: TrainConfig) -> tuple[Dataset, Dataset | None, tuple[Benchmark, dict | None] | None]:
-    """Training studies, validation studies, and the benchmark with labels by study (``None``: the studies know their own)."""
-    data = config.data
-    if data.train == "simulated":
-        from ..simulate import SimulatedStudies, simulated_benchmark
-
-        shape = {
-            "image_size": data.image_size, "min_scans": data.min_scans, "max_scans": data.max_scans_simulated,
-            "min_slices": data.min_slices, "max_slices": data.max_slices, "seed": config.seed,
-        }  # fmt: skip
-        studies = SimulatedStudies(data.num_train, split="train", **shape)
-        valid = SimulatedStudies(data.num_valid, split="test", **shape) if data.num_valid else None
-        return SimulatedExamples(studies), valid, (simulated_benchmark(), None)
-    studies = FolderStudies(
-        data.train, reports=data.reports, preset=data.preset, cache=data.cache, max_scans=data.max_scans, substitute=True
-    )
-    if not data.valid:
-        return studies, None, None
-    if not (config.prompts and data.labels):
-        raise ValueError(
-            "data.valid needs data.labels (a CSV) and prompts (a benchmark's name or a YAML file) to be evaluated on"
-        )
-    chosen = benchmark(config.prompts)
-    valid = FolderStudies(data.valid, preset=data.preset, cache=data.cache, need_reports=False)
-    return studies, valid, (chosen, read_labels(data.labels, chosen.classes))
-
-
-def make_tokenizer(config: TrainConfig, dataset: Dataset) -> None:
-    """Puts the run's tokenizer into its folder: learnt from the training reports, or copied, unless it is there already."""
-    folder = Path(config.run) / "tokenizer"
-    if folder.is_dir():
-        return
-    source = config.model.tokenizer or ("" if config.model.text == "tiny" else _text_source(config))
-    if source:
-        Tokenizer(source).save(folder)
-        return
-    if isinstance(dataset, SimulatedExamples):
-        texts = dataset.studies.all_sentences(1000)
-    else:
-        texts = [sentence for sentences in dataset.reports.values() for sentence in sentences]
-    train_tokenizer([config.prompt, *texts], folder)
-
-
-def open_tokenizer(config: TrainConfig) -> Tokenizer:
-    return Tokenizer(Path(config.run) / "tokenizer", context_length(config.model))
-
-
-def _text_source(config: TrainConfig) -> str:
-    from .run import model_variant
-
-    return model_variant(config.model).text_model if config.model.text == "published" else config.model.text

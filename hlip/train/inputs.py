@@ -1,0 +1,123 @@
+"""What a config names: studies, prompts with labels, and the tokenizer. All of it is checked before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from ..evaluate import Benchmark, benchmark
+from ..model import Tokenizer, train_tokenizer
+from .config import DataConfig, TrainConfig
+from .examples import FolderStudies, SimulatedExamples, read_labels
+from .run import context_length, from_the_hub, text_source
+
+log = logging.getLogger(__name__)
+
+
+def make_datasets(config: TrainConfig) -> tuple[Dataset, Dataset | None, tuple[Benchmark, dict | None] | None]:
+    """Training studies, validation studies, and the benchmark with labels by study (``None``: the studies know their own).
+
+    Raises:
+        FileNotFoundError, ValueError: what the config names is not there or does not fit together; see also
+            :func:`check_labels`.
+    """
+    data = config.data
+    if data.train == "simulated":
+        from ..simulate import SimulatedStudies, simulated_benchmark
+
+        shape = {
+            "image_size": data.image_size, "min_scans": data.min_scans, "max_scans": data.max_scans_simulated,
+            "min_slices": data.min_slices, "max_slices": data.max_slices, "seed": config.seed,
+        }  # fmt: skip
+        studies = SimulatedStudies(data.num_train, split="train", **shape)
+        valid = SimulatedStudies(data.num_valid, split="test", **shape) if data.num_valid else None
+        return SimulatedExamples(studies), valid, (simulated_benchmark(), None)
+    reading = how_to_read(data)
+    studies = FolderStudies(data.train, reports=data.reports, max_scans=data.max_scans, substitute=True, **reading)
+    if not data.valid:
+        return studies, None, None
+    if not (config.prompts and data.labels):
+        raise ValueError(
+            "data.valid needs data.labels (a CSV) and prompts (a benchmark's name or a YAML file) to be evaluated on"
+        )
+    chosen = benchmark(config.prompts)
+    valid = FolderStudies(data.valid, need_reports=False, **reading)
+    labels = read_labels(data.labels, chosen.classes)
+    check_labels(valid, labels, chosen, data.labels)
+    return studies, valid, (chosen, labels)
+
+
+def how_to_read(data: DataConfig) -> dict:
+    """Options of :class:`FolderStudies` that hold for training and validation alike.
+
+    Raises:
+        ValueError: there is no such preset, or the cache is not a folder.
+    """
+    from ..data import PRESETS
+
+    if data.preset not in ("auto", *PRESETS):
+        raise ValueError(f"data.preset: no preset named {data.preset!r}; choose auto or one of {', '.join(PRESETS)}")
+    if data.cache and Path(data.cache).exists() and not Path(data.cache).is_dir():
+        raise ValueError(f"data.cache: {data.cache} is a file, expected a folder to keep prepared scans in")
+    # Only what differs from the reader's own limits, so that what was cached with those stays good.
+    fresh = DataConfig()
+    limits = {
+        name: getattr(data, name) for name in ("min_slices", "follow_links") if getattr(data, name) != getattr(fresh, name)
+    }
+    return {"preset": data.preset, "cache": data.cache, **limits}
+
+
+def check_labels(studies: FolderStudies, labels: dict[str, list[float]], chosen: Benchmark, source: str) -> None:
+    """Whether labels belong to these studies and can be scored. Warns of studies without any.
+
+    Args:
+        labels: of every class, by study. source: the file they come from, for messages.
+
+    Raises:
+        ValueError: no study has labels; or classes compete (``multiclass``), and a study does not have exactly one of them.
+    """
+    names = [studies.name(path) for path in studies.paths]
+    labelled = [name for name in names if name in labels]
+    if not labelled:
+        there = f"there is {next(iter(labels))!r}" if labels else "the file names none"
+        raise ValueError(
+            f"{source} has no labels for any of the {len(names)} studies in {studies.folder}: its column 'study' must hold the "
+            f"names of the sub-folders, such as {names[0]!r}; {there}"
+        )
+    if len(labelled) < len(names):
+        without = next(name for name in names if name not in labels)
+        log.warning(
+            "%d of %d studies in %s have no labels in %s and are not evaluated on, e.g. %s",
+            len(names) - len(labelled), len(names), studies.folder, source, without,
+        )  # fmt: skip
+    if chosen.kind == "multiclass":
+        wrong = [name for name in labelled if sorted(labels[name]) != [0.0] * (len(labels[name]) - 1) + [1.0]]
+        if wrong:
+            given = ", ".join(f"{c}: {value:g}" for c, value in zip(chosen.classes, labels[wrong[0]], strict=True))
+            raise ValueError(
+                f"{source}: classes of kind multiclass exclude each other, so every study needs one 1 and otherwise 0; "
+                f"{len(wrong)} of {len(labelled)} studies have not, e.g. {wrong[0]!r} ({given}). "
+                f"If several can be true of a study, say 'kind: multilabel' in the prompts"
+            )
+
+
+def make_tokenizer(config: TrainConfig, dataset: Dataset) -> Tokenizer:
+    """A new run's tokenizer: learnt from the training reports (the same on every process), or the one the config names.
+
+    Raises:
+        ValueError: the named one cannot be loaded, or there is no report to learn from.
+    """
+    model, length = config.model, context_length(config.model)
+    if model.tokenizer or model.text != "tiny":
+        source = model.tokenizer or text_source(model)
+        with from_the_hub("model.tokenizer" if model.tokenizer else "model.text", source):
+            return Tokenizer(source, length)
+    if isinstance(dataset, SimulatedExamples):
+        texts = dataset.studies.all_sentences(1000)
+    else:
+        texts = [sentence for sentences in dataset.reports.values() for sentence in sentences]
+    with tempfile.TemporaryDirectory() as folder:
+        return train_tokenizer([config.prompt, *texts], folder, context_length=length)
