@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("pydicom").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         return args.run_command(args)
-    except (FileNotFoundError, ValueError, ImportError) as error:
-        # What people can mend comes as a line, not as a traceback.
+    except (OSError, ValueError, ImportError) as error:
+        # What people can mend (files, disks, settings, packages) comes as a line, not as a traceback.
         print(f"hlip {args.command}{_process()}: {_reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -50,7 +50,13 @@ def _process() -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"the package '{error.name}' is needed: pip install 'hlip-kernels[all]'"
+    if isinstance(error, OSError) and error.strerror:  # the system's own: without its number
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return str(error)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,7 +93,13 @@ def parser() -> argparse.ArgumentParser:
 
     p = _command(commands, "train", "train a model on studies and their reports", _train)
     p.add_argument("--config", required=True, help="a YAML file; examples/train.yaml explains every field")
-    p.add_argument("--resume", action="store_true", help="go on where an interrupted run of this config stopped")
+    existing = p.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where an interrupted run of this config stopped; start anew if none has begun",
+    )
+    existing.add_argument("--overwrite", action="store_true", help="replace an earlier run in the config's run folder")
     p.add_argument(
         "--set",
         action="append",
@@ -116,6 +128,18 @@ def _device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
+def _check_device(name: str) -> None:
+    """Raises ValueError if nothing can be computed on the device of this name, before anything is loaded for it."""
+    import torch
+
+    try:
+        if name != "auto":
+            torch.ones(1, device=name).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:  # no such device, driver, number or backend
+        why = _one_line(error).split(". ")[0][:250]
+        raise ValueError(f"--device {name!r} cannot be used here ({why}): expected cpu, cuda, cuda:1, ... or auto") from error
+
+
 def _info(args) -> int:
     from .info import info
 
@@ -125,12 +149,14 @@ def _info(args) -> int:
 def _embed(args) -> int:
     from .embed import embed
 
+    _check_device(args.device)
     return embed(args)
 
 
 def _evaluate(args) -> int:
     from .embed import evaluate
 
+    _check_device(args.device)
     return evaluate(args)
 
 
@@ -145,8 +171,11 @@ def _train(args) -> int:
         name, found, value = item.partition("=")
         if not found:
             raise ValueError(f"--set takes NAME=VALUE, got {item!r}")
-        overrides[name] = yaml.safe_load(value)
-    metrics = train(load_config(args.config, overrides), resume=args.resume)
+        try:
+            overrides[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {item}: {value!r} is not readable as YAML ({_one_line(error)})") from error
+    metrics = train(load_config(args.config, overrides), resume=args.resume, overwrite=args.overwrite)
     if metrics is not None:
         print(metrics.table())
     if torch.distributed.is_initialized():
