@@ -79,13 +79,53 @@ def test_train_evaluate_embed(tmp_path, capsys, monkeypatch, study):
 
 def test_mistakes_are_one_line(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("colour: red\n")
+    (tmp_path / "good.yaml").write_text(f"run: {tmp_path / 'c.yaml'}\n")
+    train = ["train", "--config", str(tmp_path / "good.yaml")]
     for arguments, word in (
         (["train", "--config", str(tmp_path / "c.yaml")], "colour"),
         (["train", "--config", str(tmp_path / "none.yaml")], "none.yaml"),
-        (["train", "--config", str(tmp_path / "c.yaml"), "--set", "lr"], "NAME=VALUE"),
+        (train, "c.yaml is a file, expected a folder"),
+        ([*train, "--set", "lr"], "NAME=VALUE"),
+        ([*train, "--set", "run.x=1"], "run.x cannot be set: run is one value"),
+        ([*train, "--set", "data.train=[a"], "--set data.train=[a: '[a' is not readable as YAML"),
+        ([*train, "--set", "model.pool=dino"], "good.yaml: model.pool must be cls or dinotxt"),
         (["embed", str(tmp_path), "--run", str(tmp_path)], "config.yaml"),
+        (["embed", str(tmp_path), "--run", str(tmp_path), "--device", "foo"], "--device 'foo' cannot be used here"),
+        (["evaluate", str(tmp_path), "--device", "cuda:99"], "--device 'cuda:99' cannot be used here"),
         (["evaluate", str(tmp_path / "run")], "not a finished run"),
     ):
         assert main(arguments) == 1
         err = capsys.readouterr().err
         assert word in err and "Traceback" not in err and err.count("\n") <= 2, err
+
+
+def test_what_the_system_refuses_is_one_line_and_bugs_are_not_hidden(monkeypatch, capsys):
+    from hlip.cli import info
+
+    def raises(error):
+        def function(_):
+            raise error
+
+        return function
+
+    monkeypatch.setattr(info, "info", raises(PermissionError(13, "Permission denied", "studies/a")))
+    assert main(["info", "a"]) == 1
+    assert capsys.readouterr().err == "hlip info: studies/a: Permission denied\n"
+    monkeypatch.setattr(info, "info", raises(OSError("run: saving failed")))
+    assert main(["info", "a"]) == 1
+    assert capsys.readouterr().err == "hlip info: run: saving failed\n"
+    monkeypatch.setattr(info, "info", raises(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["info", "a"])
+
+
+def test_a_trained_run_is_resumed_or_replaced_only_when_asked(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "c.yaml").write_text(f"run: {tmp_path / 'run'}\n")
+    assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 1
+    assert "already holds a trained run" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--config", str(tmp_path / "c.yaml"), "--resume", "--overwrite"])
+    assert stopped.value.code == 2
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == b"weights"
