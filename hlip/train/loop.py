@@ -71,6 +71,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     with said_once(accelerator):
         goes_on = check_folder(config, resume=resume, overwrite=overwrite)
         dataset, validation_set, prompts = make_datasets(config)
+        validation = Validation.make(validation_set, prompts, config)
         tokenizer = open_tokenizer(Path(config.run), config.model) if goes_on else make_tokenizer(config, dataset)
     if isinstance(dataset, SimulatedExamples):
         for studies in (dataset.studies, validation_set):
@@ -82,7 +83,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         load_mae(model.visual.trunk, config.model.mae)
     if config.model.checkpoint:
         load_checkpoint(model, config.model.checkpoint)
-    trainer = Trainer(config, accelerator, model, tokenizer, dataset, Validation.make(validation_set, prompts, config))
+    trainer = Trainer(config, accelerator, model, tokenizer, dataset, validation)
     if resume:
         trainer.resume()
     if accelerator.is_main_process:
