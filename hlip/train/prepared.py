@@ -1,0 +1,86 @@
+"""From a study on disk to scans ready for the model, and a folder that remembers them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..storage import reason, write_tensors
+
+
+def prepare_study(
+    path: Path, preset: str | Mapping[str, str] = "auto", *, follow_links: bool = False
+) -> tuple[list[Tensor], float]:
+    """Reads one study and prepares its scans.
+
+    Args:
+        path: a folder or a file.
+        preset: a name in ``hlip.data.PRESETS``; ``"auto"``: what :func:`hlip.data.auto_preset` guesses; a mapping: what it
+            gives for the guess.
+        follow_links: also read what links out of the study's folder lead to.
+
+    Returns:
+        Tensors ``(D, H, W)`` of one dtype, and the stored value that means 1.
+    """
+    from ..data import PRESETS, auto_preset, prepare, read_study
+
+    study = read_study(path, follow_links=follow_links)
+    if isinstance(preset, str) and preset != "auto":
+        name = preset
+    else:
+        guess = auto_preset(study).preset
+        name = guess if preset == "auto" else preset[guess]
+    scans = [prepared.voxels for scan in study.scans for prepared in prepare(scan, name)]
+    return scans, float(PRESETS[name].max_value)
+
+
+class PreparedCache:
+    """Prepared scans by study, in a folder; a study whose files change is prepared anew.
+
+    Args:
+        folder: is made when it is needed.
+        complain: is told, in one line, what keeps a study from being stored (a full disk); it is given all the same.
+    """
+
+    def __init__(self, folder: Path, complain: Callable[[str], None]):
+        self.folder, self.complain = folder, complain
+
+    def get(self, path: Path, preset: str | Mapping[str, str], follow_links: bool) -> tuple[list[Tensor], float]:
+        """As :func:`prepare_study`."""
+        stored = self.folder / f"{_key(path, preset, follow_links)}.safetensors"
+        known = _load(stored)
+        if known is not None:
+            return known
+        scans, max_value = prepare_study(path, preset, follow_links=follow_links)
+        tensors = {f"scan{i:03d}": scan for i, scan in enumerate(scans)}
+        try:
+            write_tensors({**tensors, "max_value": torch.tensor(max_value)}, stored)
+        except Exception as error:  # safetensors has kinds of its own for a full disk
+            self.complain(f"{self.folder}: prepared scans cannot be stored ({reason(error)}); they are made anew each time")
+        return scans, max_value
+
+
+def _key(path: Path, preset: str | Mapping[str, str], follow_links: bool) -> str:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stamp = "|".join(f"{p.relative_to(path)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    kind = preset if isinstance(preset, str) else sorted(preset.items())
+    links = "links|" if follow_links else ""
+    text = f"1|{links}{kind}|{path.resolve()}|{stamp}"
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]  # names need not be UTF-8
+
+
+def _load(stored: Path) -> tuple[list[Tensor], float] | None:
+    """What is stored, or ``None``: nothing, or a file that is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(str(stored))
+        max_value = float(tensors.pop("max_value"))
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return [tensors[name] for name in sorted(tensors)], max_value

@@ -1,0 +1,100 @@
+"""What people write beside their studies: reports and labels, in CSV files or beside the images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..text_file import read_text
+from .sentences import split_sentences
+
+
+def read_reports(path: str | Path) -> dict[str, list[str]]:
+    """Sentences by study from a CSV with columns ``study`` and ``report``; several rows of one study are joined.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not text, a column is missing, or a row that does not fit the header.
+    """
+    reports: dict[str, list[str]] = {}
+    for _, row in _rows(path, "reports", ("study", "report")):
+        reports.setdefault(row["study"], []).extend(split_sentences(row["report"]))
+    return reports
+
+
+def read_labels(path: str | Path, classes: Sequence[str]) -> dict[str, list[float]]:
+    """Labels by study, 0, 1 or NaN, from a CSV with a column ``study`` and one of 0, 1 or nothing for each class.
+
+    Several rows of one study complete each other.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not text, a missing column, a value that is not 0 or 1, a row that does
+            not fit the header, or two rows of one study that contradict each other.
+    """
+    labels: dict[str, list[float]] = {}
+    lines: dict[str, list[int]] = {}  # where each label comes from
+    for line, row in _rows(path, "labels", ("study", *classes)):
+        study, values = row["study"], [row[c] for c in classes]
+        if any(v not in ("", "0", "1", "0.0", "1.0") for v in values):
+            raise ValueError(f"{path}, line {line}: labels are 0, 1 or empty, got {values}")
+        known, where = labels.setdefault(study, [math.nan] * len(values)), lines.setdefault(study, [line] * len(values))
+        for i, value in enumerate(values):
+            if value and not math.isnan(known[i]) and known[i] != float(value):
+                raise ValueError(
+                    f"{path}, lines {where[i]} and {line}: study {study!r} has both {known[i]:.0f} and {float(value):.0f} for "
+                    f"{classes[i]!r}; keep one row"
+                )
+            if value:
+                known[i], where[i] = float(value), line
+    return labels
+
+
+def report_file(folder: Path) -> list[str]:
+    """The sentences of ``report.txt`` in a study's folder; none without such a file.
+
+    Raises:
+        ValueError: it is not text. OSError: it cannot be opened.
+    """
+    file = folder / "report.txt"
+    return split_sentences(read_text(file)) if file.is_file() else []
+
+
+def _rows(path: str | Path, what: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """``(line number, stripped cells by column)`` for every row of a CSV that is not empty."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such {what} file")
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        for problem, wrong in (
+            ("lacks", [c for c in columns if c not in header]),
+            ("has twice", [c for c in columns if header.count(c) > 1]),
+        ):
+            if wrong:
+                names = "'study' and 'report'" if what == "reports" else "'study' and one for each class"
+                raise ValueError(
+                    f"{path}: {problem} the column(s) {', '.join(wrong)}; expected columns {names}, "
+                    f"found {', '.join(header) or 'none'}"
+                )
+        at = {column: header.index(column) for column in columns}
+        for row in reader:
+            row = [cell.strip() for cell in row]
+            if not any(row):
+                continue
+            if any(row[len(header) :]):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(row)} fields, but the header has {len(header)}; "
+                    'text with commas goes into quotation marks: "..."'
+                )
+            cells = {column: row[i] if i < len(row) else "" for column, i in at.items()}
+            if not cells["study"]:
+                raise ValueError(f"{path}, line {reader.line_num}: no study is named (column 'study')")
+            yield reader.line_num, cells
+    except csv.Error as error:
+        where = f"{path}, line {reader.line_num}"
+        raise ValueError(
+            f"{where}: not readable as CSV ({error}): is a quotation mark not closed, or not doubled inside a text?"
+        ) from error
