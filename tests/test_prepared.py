@@ -77,7 +77,7 @@ def test_a_damaged_cache_file_is_made_anew(folder, tmp_path):
 
 def test_names_need_not_be_utf8(folder, tmp_path, monkeypatch):
     os.rename(os.fsencode(folder / "a"), os.fsencode(folder) + b"/Andr\xe9")
-    monkeypatch.setattr(prepared, "prepare_study", lambda path, preset, follow_links: ([torch.ones(2, 2, 2)], 1.0))
+    monkeypatch.setattr(prepared, "prepare_study", lambda path, preset: ([torch.ones(2, 2, 2)], 1.0))
     studies = FolderStudies(folder, preset="mri", cache=tmp_path / "cache", need_reports=False)
     assert all(studies[i] is not None for i in range(3)) and len(list((tmp_path / "cache").iterdir())) == 3
 
@@ -86,5 +86,13 @@ def test_presets_by_guess_and_unknown_ones(folder):
     whole, _ = prepare_study(folder / "a", "auto")
     sliced, _ = prepare_study(folder / "a", {"mri": "mri-published-48"})
     assert len(whole[0]) != 48 and len(sliced[0]) == 48
+    with pytest.raises(ValueError, match="min_slices must be at least 1"):
+        FolderStudies(folder, need_reports=False, min_slices=0)
     with pytest.raises(ValueError, match="no preset named 'mir'"):
         FolderStudies(folder, preset="mir", need_reports=False)
+
+
+def test_limits_of_reading_are_kept_apart(folder, tmp_path):
+    """What was stored with one limit is not taken for another."""
+    thin = [FolderStudies(folder, preset="mri", cache=tmp_path / "cache", need_reports=False, min_slices=n) for n in (3, 6)]
+    assert thin[0][0] is not None and thin[1][0] is None

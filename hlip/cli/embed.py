@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,12 @@ import torch
 from ..evaluate import benchmark, zero_shot_classifier
 from ..train.examples import FolderStudies, read_labels
 from ..train.loop import make_datasets
-from ..train.run import load_run
-from ..train.validate import Validation, embed_studies
+from ..train.published import PublishedModel, open_model
+from ..train.run import Run
+from ..train.validate import Validation, check_labels, embed_studies
 from .paths import studies_at
+
+log = logging.getLogger(__name__)
 
 
 def device_of(name: str) -> str:
@@ -21,20 +26,26 @@ def device_of(name: str) -> str:
 
 
 def embed(args) -> int:
-    """Writes the features of every readable study, and prints scores if prompts are given."""
-    run = load_run(args.run, device=device_of(args.device))
-    paths, failed = studies_at(args.paths)
-    studies = FolderStudies(Path.cwd(), paths=paths, preset=args.preset, need_reports=False)
-    names, features = embed_studies(run.model, studies, device_of(args.device), batch_size=1)
+    """Writes the features of every readable study, and prints scores if prompts are given.
+
+    Returns:
+        0; 1 if a study could not be read, or a path holds none.
+    """
+    device = device_of(args.device)
+    chosen = benchmark(args.prompts) if args.prompts else None
+    run = open_model(args.run, model=args.model, device=device)
+    paths, failed = studies_at(args.paths, follow_links=args.follow_links)
+    studies = FolderStudies(Path.cwd(), paths=paths, need_reports=False, **reading(run, args))
+    names, features = embed_studies(run.model, studies, device, batch_size=1)
     if not names:
         raise ValueError(f"none of the {len(studies)} studies could be read; see the lines above")
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez(out, studies=np.array(names), features=features.numpy())
     print(f"{len(names)} of {len(studies)} studies, features {tuple(features.shape)} -> {out}")
-    if args.prompts:
-        classifier = zero_shot_classifier(run.model, run.tokenizer, benchmark(args.prompts))
-        scores = classifier.scores(features.to(device_of(args.device))).cpu()
+    if chosen is not None:
+        classifier = zero_shot_classifier(run.model, run.tokenizer, chosen)
+        scores = classifier.scores(features.to(device)).cpu()
         width = max(map(len, names))
         print(" " * width + "  " + "  ".join(classifier.benchmark.classes))
         for name, row in zip(names, scores, strict=True):
@@ -44,21 +55,53 @@ def embed(args) -> int:
 
 
 def evaluate(args) -> int:
-    """Prints the zero-shot table of a run on labelled studies."""
-    device = device_of(args.device)
-    run = load_run(args.run, device=device)
+    """Prints the zero-shot table of a run, or a published model, on labelled studies.
+
+    Returns:
+        0; 1 if a labelled study of the folder could not be read, and the table is of the others.
+    """
+    run = open_model(args.run, model=args.model, device=device_of(args.device))
     if args.studies is None:
+        validation = own_validation(run, args)
+    elif args.labels and args.prompts:
+        validation = labelled_studies(run, args, args.studies, args.labels, args.prompts)
+    else:
+        raise ValueError("--studies needs --labels (a CSV) and --prompts (a benchmark's name or a YAML file)")
+    metrics = validation.run(run.model, run.tokenizer, device_of(args.device))
+    print(metrics.table())
+    return 0 if metrics.num_studies == len(validation.labelled) else 1
+
+
+def own_validation(run: Run, args) -> Validation:
+    """The studies that were evaluated on in training, simulated or not, by default with the same labels and prompts."""
+    data = run.config.data
+    if data.train == "simulated":
+        if args.labels or args.prompts or args.preset:
+            raise ValueError("--labels, --prompts and --preset go with --studies: simulated studies bring their own")
         _, studies, prompts = make_datasets(run.config)
         validation = Validation.make(studies, prompts, run.config)
-        if validation is None:
-            raise ValueError(f"{args.run} has no validation studies of its own: give --studies, --labels and --prompts")
-        print(validation.run(run.model, run.tokenizer, device).table())
-        return 0
-    if not (args.labels and args.prompts):
-        raise ValueError("--studies needs --labels (a CSV) and --prompts (a benchmark's name or a YAML file)")
-    chosen = benchmark(args.prompts)
-    validation = Validation(
-        FolderStudies(args.studies, preset=args.preset, need_reports=False), chosen, read_labels(args.labels, chosen.classes), 1
-    )
-    print(validation.run(run.model, run.tokenizer, device).table())
-    return 0
+        if validation is not None:
+            return validation
+    elif data.valid:
+        labels, prompts = args.labels or data.labels, args.prompts or run.config.prompts
+        return labelled_studies(run, args, data.valid, labels, prompts, cache=data.cache)
+    raise ValueError(f"{args.run} has no validation studies of its own: give --studies, --labels and --prompts")
+
+
+def labelled_studies(run: Run, args, folder: str, labels: str, prompts: str, **options) -> Validation:
+    """The studies in a folder that a CSV has labels for."""
+    chosen = benchmark(prompts)
+    known = read_labels(labels, chosen.classes)
+    studies = FolderStudies(folder, need_reports=False, **reading(run, args), **options)
+    check_labels(studies.names, known, folder=folder, source=labels)
+    return Validation(studies, chosen, known, batch_size=1)
+
+
+def reading(run: Run, args) -> dict:
+    """How studies are read and prepared: as the model was trained (see :class:`FolderStudies`), unless asked otherwise."""
+    trained = run.preset if isinstance(run, PublishedModel) else run.config.data.preset
+    simulated = not isinstance(run, PublishedModel) and run.config.data.train == "simulated"
+    if args.preset and args.preset != trained and not simulated:
+        usual = ", ".join(dict.fromkeys(trained.values())) if isinstance(trained, Mapping) else trained
+        log.warning("--preset %s: the model was trained on scans prepared otherwise (%s)", args.preset, usual)
+    return {"preset": args.preset or trained, **({"follow_links": True} if args.follow_links else {})}

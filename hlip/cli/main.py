@@ -23,6 +23,8 @@ examples:
 
 'hlip COMMAND --help' explains each command. Not a medical device: not for diagnosis."""
 
+_RUN = "a trained run's folder, e.g. runs/demo; or published weights: a file, a snapshot's folder, a Hugging Face id"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status (0 good, 1 nothing could be done, 2 bad usage)."""
@@ -75,20 +77,20 @@ def parser() -> argparse.ArgumentParser:
 
     p = _command(commands, "embed", "turn studies into vectors", _embed)
     p.add_argument("paths", nargs="+", metavar="PATH", help="studies' folders or files; or folders of studies")
-    p.add_argument("--run", required=True, help="a trained run's folder, e.g. runs/demo")
+    p.add_argument("--run", required=True, help=_RUN)
     p.add_argument(
         "--out", default="features.npz", help="file to write: arrays 'studies' and 'features' (default: %(default)s)"
     )
-    p.add_argument("--preset", default="auto", help="how scans are prepared (default: guessed per study)")
     p.add_argument("--prompts", help="also score the studies: a benchmark's name or a YAML file")
+    _reading(p)
     _device(p)
 
     p = _command(commands, "evaluate", "score studies against sentences, and the scores against labels", _evaluate)
-    p.add_argument("run", help="a trained run's folder")
+    p.add_argument("run", help=_RUN)
     p.add_argument("--studies", help="a folder of studies (default: the run's own validation studies)")
     p.add_argument("--labels", help="CSV with a column 'study' and one of 0 and 1 for each class")
     p.add_argument("--prompts", help="a benchmark's name or a YAML file of classes and templates")
-    p.add_argument("--preset", default="auto", help="how scans are prepared (default: guessed per study)")
+    _reading(p)
     _device(p)
 
     p = _command(commands, "train", "train a model on studies and their reports", _train)
@@ -120,8 +122,10 @@ def _command(commands, name: str, what: str, function) -> argparse.ArgumentParse
     return p
 
 
-def _links(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--follow-links", action="store_true", help="follow links that lead out of the folders, as of DataLad")
+def _reading(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", default="", help="the published model that weights are of (default: told from their name)")
+    p.add_argument("--preset", help="how scans are prepared (default: as for the model's training)")
+    p.add_argument("--follow-links", action="store_true", help="also read what links out of a study's folder lead to")
 
 
 def _device(p: argparse.ArgumentParser) -> None:

@@ -75,7 +75,7 @@ class FolderStudies(Dataset):
         folder: every sub-folder is a study: DICOM series or volumes of any format, flat or nested.
         paths: the studies themselves (folders or files) instead of the sub-folders of ``folder``.
         reports: CSV with columns ``study`` and ``report``; empty: ``report.txt`` in each folder.
-        preset, follow_links: see :func:`hlip.train.prepared.prepare_study`.
+        preset, limits: see :func:`hlip.train.prepared.prepare_study`.
         cache: folder for prepared scans; empty: none.
         max_scans: a random choice of at most this many scans each time; 0 keeps all.
         need_reports: leave out studies without a report; otherwise reports are not read at all.
@@ -83,21 +83,22 @@ class FolderStudies(Dataset):
         limits: of reading, see :func:`hlip.data.read_study`.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: no such preset; no study in the folder, or no report for any of them.
+        FileNotFoundError: no such folder. ValueError: no such preset or limits; no study, or no report for any.
     """
 
     def __init__(
         self, folder: str | Path, *, paths: Sequence[Path] | None = None, reports: str | Path = "",
-        preset: str | Mapping[str, str] = "auto", follow_links: bool = False, cache: str | Path = "", max_scans: int = 0,
-        need_reports: bool = True, substitute: bool = False,
+        preset: str | Mapping[str, str] = "auto", cache: str | Path = "", max_scans: int = 0, need_reports: bool = True,
+        substitute: bool = False, **limits,
     ):  # fmt: skip
-        from ..data import PRESETS
+        from ..data import PRESETS, Limits
 
+        Limits(**limits)
         for name in [preset] if isinstance(preset, str) else preset.values():
             if name != "auto" and name not in PRESETS:
                 raise ValueError(f"no preset named {name!r}: choose auto or one of {', '.join(PRESETS)}")
         self.folder, self.preset, self.max_scans, self.substitute = Path(folder), preset, max_scans, substitute
-        self.follow_links = follow_links
+        self.limits = limits
         self.cache = PreparedCache(Path(cache), self._complain_once) if cache else None
         if paths is None:
             if not self.folder.is_dir():
@@ -162,9 +163,9 @@ class FolderStudies(Dataset):
         path = self.paths[index]
         try:
             if self.cache is None:
-                scans, max_value = prepare_study(path, self.preset, follow_links=self.follow_links)
+                scans, max_value = prepare_study(path, self.preset, **self.limits)
             else:
-                scans, max_value = self.cache.get(path, self.preset, self.follow_links)
+                scans, max_value = self.cache.get(path, self.preset, **self.limits)
         except Exception as error:  # any broken file of a user: the rest goes on
             if not self._said[index]:
                 from ..data import StudyError

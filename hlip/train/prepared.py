@@ -12,23 +12,21 @@ from torch import Tensor
 from ..storage import reason, write_tensors
 
 
-def prepare_study(
-    path: Path, preset: str | Mapping[str, str] = "auto", *, follow_links: bool = False
-) -> tuple[list[Tensor], float]:
+def prepare_study(path: Path, preset: str | Mapping[str, str] = "auto", **limits) -> tuple[list[Tensor], float]:
     """Reads one study and prepares its scans.
 
     Args:
         path: a folder or a file.
         preset: a name in ``hlip.data.PRESETS``; ``"auto"``: what :func:`hlip.data.auto_preset` guesses; a mapping: what it
             gives for the guess.
-        follow_links: also read what links out of the study's folder lead to.
+        limits: of reading, see :class:`hlip.data.Limits`.
 
     Returns:
         Tensors ``(D, H, W)`` of one dtype, and the stored value that means 1.
     """
     from ..data import PRESETS, auto_preset, prepare, read_study
 
-    study = read_study(path, follow_links=follow_links)
+    study = read_study(path, **limits)
     if isinstance(preset, str) and preset != "auto":
         name = preset
     else:
@@ -49,13 +47,13 @@ class PreparedCache:
     def __init__(self, folder: Path, complain: Callable[[str], None]):
         self.folder, self.complain = folder, complain
 
-    def get(self, path: Path, preset: str | Mapping[str, str], follow_links: bool) -> tuple[list[Tensor], float]:
+    def get(self, path: Path, preset: str | Mapping[str, str], **limits) -> tuple[list[Tensor], float]:
         """As :func:`prepare_study`."""
-        stored = self.folder / f"{_key(path, preset, follow_links)}.safetensors"
+        stored = self.folder / f"{_key(path, preset, limits)}.safetensors"
         known = _load(stored)
         if known is not None:
             return known
-        scans, max_value = prepare_study(path, preset, follow_links=follow_links)
+        scans, max_value = prepare_study(path, preset, **limits)
         tensors = {f"scan{i:03d}": scan for i, scan in enumerate(scans)}
         try:
             write_tensors({**tensors, "max_value": torch.tensor(max_value)}, stored)
@@ -64,12 +62,12 @@ class PreparedCache:
         return scans, max_value
 
 
-def _key(path: Path, preset: str | Mapping[str, str], follow_links: bool) -> str:
+def _key(path: Path, preset: str | Mapping[str, str], limits: Mapping) -> str:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     stamp = "|".join(f"{p.relative_to(path)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
     kind = preset if isinstance(preset, str) else sorted(preset.items())
-    links = "links|" if follow_links else ""
-    text = f"1|{links}{kind}|{path.resolve()}|{stamp}"
+    how = f"{sorted(limits.items())}|" if limits else ""
+    text = f"1|{how}{kind}|{path.resolve()}|{stamp}"
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]  # names need not be UTF-8
 
 

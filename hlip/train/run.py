@@ -147,7 +147,8 @@ def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> Run:
     folder = Path(folder)
     for needed in ("config.yaml", "model.safetensors"):
         if not (folder / needed).is_file():
-            raise FileNotFoundError(f"{folder} is not a finished run: {needed} is missing (train one with `hlip train`)")
+            hint = "train one with `hlip train`; for published weights see docs/checkpoints.md"
+            raise FileNotFoundError(f"{folder} is not a finished run: {needed} is missing ({hint})")
     config = load_config(folder / "config.yaml")
     if (folder / "tokenizer").is_dir():
         tokenizer = open_tokenizer(folder, config.model)

@@ -1,0 +1,230 @@
+"""`hlip evaluate` and `hlip embed` on folders of studies: with a run, and with published weights."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from data_files import volume
+from tiny import TEXT, tiny_variant
+
+pytest.importorskip("open_clip")
+pytest.importorskip("accelerate")
+
+from safetensors.torch import save_file
+
+from hlip.cli import main
+from hlip.model import VARIANTS, create_model, train_tokenizer
+from hlip.train import published
+from hlip.train.config import config_from
+from hlip.train.run import build_model
+
+NAME = "vit_base_scan_study_dualdinotxt1568"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder, taken as the working one, with four studies, their labels and prompts."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        volume(tmp_path / "studies" / f"s{i}" / f"{i * 'x'}t1.nii.gz", (5, 20, 20), (1.0, 1.0, 4.0))
+    (tmp_path / "labels.csv").write_text("study,mass,bleed\n" + "".join(f"s{i},{i % 2},{i // 2}\n" for i in range(4)))
+    (tmp_path / "p.yaml").write_text("classes: [mass, bleed]\n")
+    return tmp_path
+
+
+@pytest.fixture
+def run(place):
+    """A finished run that says it was trained on 48 slices, with fresh weights."""
+    model = {"image_size": [48, 224, 224], "patch_size": [8, 56, 56], "width": 24, "heads": 2, "embed_dim": 8,
+             "levels": ["scan"]}  # fmt: skip
+    data = {"train": "train", "valid": "studies", "labels": "labels.csv", "preset": "mri-published-48", "workers": 0}
+    values = {"run": "run", "data": data, "model": model, "prompts": "p.yaml"}
+    tokenizer = train_tokenizer(["This study shows: mass bleed."], place / "run" / "tokenizer")
+    torch.manual_seed(0)
+    weights = build_model(config_from(values).model, vocab_size=tokenizer.vocab_size).state_dict()
+    save_file({name: value.contiguous() for name, value in weights.items()}, place / "run" / "model.safetensors")
+    (place / "run" / "config.yaml").write_text(yaml.safe_dump(values))
+    return "run"
+
+
+def features(*arguments, path="studies/s0"):
+    assert main(["embed", path, "--out", "f.npz", *arguments]) == 0
+    with np.load("f.npz") as stored:
+        return stored["features"]
+
+
+def given(*arguments):
+    return ["--studies", "studies", "--labels", "labels.csv", "--prompts", "p.yaml", *arguments]
+
+
+# ------------------------------------------------------------------ how studies are prepared
+
+
+def test_studies_are_prepared_as_the_run_was_trained(run, capsys, caplog):
+    ours = features("--run", run)
+    assert not caplog.text
+    same = features("--run", run, "--preset", "mri-published-48")
+    assert not caplog.text and np.array_equal(ours, same)
+    other = features("--run", run, "--preset", "mri")
+    assert "--preset mri: the model was trained on scans prepared otherwise (mri-published-48)" in caplog.text
+    assert not np.array_equal(ours, other)
+    caplog.clear()
+    tables = []
+    for arguments in ([], given()):
+        capsys.readouterr()
+        assert main(["evaluate", run, *arguments]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] and tables[0] and not caplog.text
+    assert main(["evaluate", run, *given("--preset", "mir")]) == 1
+    assert "no preset named 'mir'" in capsys.readouterr().err
+
+
+def test_other_prompts_for_the_runs_own_studies(run, place, capsys):
+    (place / "other.yaml").write_text("classes: {mass: [tumour]}\n")
+    assert main(["evaluate", run, "--prompts", "other.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "mass" in out and "bleed" not in out
+
+
+# ------------------------------------------------------------------ what is scored
+
+
+def test_studies_and_labels_that_do_not_meet_are_said(run, place, capsys, caplog):
+    (place / "labels.csv").write_text("study,mass,bleed\ns1,1,0\ns2,0,1\nz1,0,0\nz2,1,0\nz3,1,1\n")
+    assert main(["evaluate", run, *given()]) == 0
+    assert "labels.csv: 3 of 5 labelled studies are not in studies, e.g. z1" in caplog.text
+    assert "2 of 4 studies in studies have no labels and are not evaluated on, e.g. s0" in caplog.text
+    assert "/2 " in capsys.readouterr().out
+    (place / "labels.csv").write_text("study,mass,bleed\nz1,0,0\n")
+    assert main(["evaluate", run, *given()]) == 1
+    err = capsys.readouterr().err
+    assert "no labels for any of the 4 studies in studies" in err and "'s0'" in err and "'z1'" in err
+
+
+def test_studies_that_cannot_be_read_are_counted_and_told_by_the_exit_status(run, place, capsys, caplog):
+    for name in ("s1", "s3"):
+        shutil.rmtree(place / "studies" / name)
+        (place / "studies" / name).mkdir()
+        (place / "studies" / name / "t1.nii.gz").write_bytes(b"broken")
+    for arguments in ([], given()):
+        caplog.clear()
+        assert main(["evaluate", run, *arguments]) == 1
+        assert "/2 " in capsys.readouterr().out
+        assert "2 of the 4 studies with labels cannot be read" in caplog.text and caplog.text.count("left out") == 2
+    # What has no label is not read.
+    (place / "labels.csv").write_text("study,mass,bleed\ns0,1,0\ns2,0,1\n")
+    caplog.clear()
+    assert main(["evaluate", run, *given()]) == 0
+    assert "left out" not in caplog.text
+    (place / "labels.csv").write_text("study,mass,bleed\ns1,1,0\n")
+    assert main(["evaluate", run, *given()]) == 1
+    assert "none of the 1 studies with labels can be read" in capsys.readouterr().err
+
+
+def test_competing_classes_are_checked_before_any_study_is_read(run, place, capsys):
+    (place / "p.yaml").write_text("kind: multiclass\nclasses: [mass, bleed]\n")
+    assert main(["evaluate", run, *given()]) == 1
+    assert "2 of 4 studies do not have exactly one class, e.g. 's0'" in capsys.readouterr().err
+
+
+def test_prompts_are_read_before_studies(run, place, capsys):
+    (place / "p.yaml").write_text("classes: []\n")
+    assert main(["embed", "studies", "--run", run, "--out", "f.npz", "--prompts", "p.yaml"]) == 1
+    assert "p.yaml" in capsys.readouterr().err and not (place / "f.npz").exists()
+
+
+def test_links_are_followed_when_asked(run, place, capsys):
+
+    (place / "store").mkdir()
+    for i in range(4):
+        file = next((place / "studies" / f"s{i}").iterdir())
+        file.rename(place / "store" / file.name)
+        file.symlink_to(place / "store" / file.name)
+    assert main(["embed", "studies", "--run", run, "--out", "f.npz"]) == 1
+    assert features("--run", run, "--follow-links", path="studies").shape[0] == 4
+    assert main(["evaluate", run, *given("--follow-links")]) == 0
+
+
+# ------------------------------------------------------------------ published weights
+
+
+@pytest.fixture
+def snapshot(place, monkeypatch):
+    """As the hub's local cache holds one: weights by name, a tokenizer, and no run."""
+    monkeypatch.setitem(VARIANTS, NAME, tiny_variant(NAME, depth=1, image_size=(48, 224, 224), patch_size=(8, 56, 56)))
+    monkeypatch.setattr(published, "create_model", lambda config: create_model(config, text=TEXT))
+    folder = place / "models--zch0414--clip-vit_base-scan_study-dualdinotxt1568" / "snapshots" / "0a1b"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    save_file(create_model(NAME, text=TEXT).state_dict(), folder / "model.safetensors")
+    train_tokenizer(["This study shows: mass bleed."], folder)
+    return folder
+
+
+def test_published_weights_are_used_where_a_run_is(snapshot, place, capsys, caplog):
+    ours = features("--run", str(snapshot), "--prompts", "p.yaml")
+    assert ours.shape == (1, 2, 24) and "mass" in capsys.readouterr().out and not caplog.text
+    assert main(["evaluate", str(snapshot / "model.safetensors"), *given()]) == 0
+    assert "macro mean" in capsys.readouterr().out and not caplog.text
+    shutil.copytree(snapshot, place / "download")
+    assert np.array_equal(ours, features("--run", "download", "--model", NAME))
+    # As published: 48 slices, not the scan's own five.
+    assert np.array_equal(ours, features("--run", str(snapshot), "--preset", "mri-published-48"))
+    assert not np.array_equal(ours, features("--run", str(snapshot), "--preset", "mri"))
+    assert main(["evaluate", str(snapshot)]) == 1
+    assert "give --studies" in capsys.readouterr().err
+
+
+def test_published_weights_that_cannot_be_told_or_do_not_fit(snapshot, place, run, capsys, monkeypatch):
+    other = place / "download"
+    shutil.copytree(snapshot, other)
+    for arguments, words in (
+        ([str(other)], "name it with --model"),
+        ([str(other), "--model", "resnet"], "no model 'resnet'"),
+        ([run, "--model", NAME], "leave out --model"),
+        ([str(place / "nothing")], "docs/checkpoints.md"),
+        ([str(place / "studies")], "docs/checkpoints.md"),
+        ([f"nobody/{NAME}x"], "not a finished run"),
+    ):
+        assert main(["evaluate", *arguments, *given()]) == 1
+        err = capsys.readouterr().err
+        assert words in err and "Traceback" not in err, err
+    save_file({"visual.trunk.cls_token": torch.zeros(1, 1, 48)}, other / "model.safetensors")
+    assert main(["evaluate", str(other), "--model", NAME, *given()]) == 1
+    assert "lacks" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for file in snapshot.glob("tokenizer*"):
+        file.unlink()
+    monkeypatch.setattr(published, "Tokenizer", offline)
+    assert main(["evaluate", str(snapshot), *given()]) == 1
+    assert "no tokenizer: put tokenizer.json or vocab.txt of microsoft/" in capsys.readouterr().err
+
+
+def offline(source, length):
+    raise OSError(f"{source} is not in the cache, and there is no network")
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("zch0414/clip-vit_base-scan_study-dualdinotxt1568", NAME),
+        (f"x/models--zch0414--clip-vit_base-scan_study-dualdinotxt1568/snapshots/0a1b/{'model.safetensors'}", NAME),
+        (f"weights/{NAME}/epoch_20.pt", NAME), (f"weights/{NAME}.pt", NAME), ("hlip-2025_10_08", "ablate_seqposemb_"
+         "vit_base_multiscan_h2_dinotxt1568"), ("runs/mine", ""), ("weights/epoch_20.pt", ""),
+    ],
+)  # fmt: skip
+def test_the_variant_is_told_from_names(source, name):
+    assert published.name_in(source) == name
+
+
+def test_every_published_model_has_presets():
+    from hlip.data import PRESETS
+
+    for name in VARIANTS:
+        preset = published.published_preset(name)
+        names = {preset} if isinstance(preset, str) else set(preset.values())
+        assert names <= set(PRESETS) and ("chest-ct" in names) == name.endswith("2744")
+    assert published.published_preset("vit_base_multiscan_h2_token1176")["mri"] == "mri-published-144"
+    assert published.published_preset(NAME)["mri"] == "mri-published-48"
