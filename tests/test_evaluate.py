@@ -48,6 +48,44 @@ def test_prompt_files(tmp_path):
     path.write_text("a: [")
     with pytest.raises(ValueError, match="YAML"):
         benchmark(path)
+    path.write_text("classes: [Ödem]", encoding="utf-16")
+    assert benchmark(path).prompts == {"Ödem": ("This study shows: Ödem.",)}
+    path.write_text("classes: {a: x}\ntemplates: 'X {c}.'\nplain: a\n")
+    assert benchmark(path).prompts == {"a": ("X x.",)}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("classes: hemorrhage", "classes must be a list of names, or a mapping of names to phrases, got the text 'hemorrhage'"),
+        ("classes: {a: [], b: x}", "classes: a must be text or a list of texts, got the list []"),
+        ("classes: {a: }", "classes: a must be text or a list of texts, got nothing"),
+        ("classes: {a: 1}", "classes: a must be text or a list of texts, got the number 1"),
+        ("classes: {a: ['']}", "classes: a: entry 1 must be text, got an empty one"),
+        ("classes: {a: [[x, y]]}", "classes: a: entry 1 must be text, got the list ['x', 'y']"),
+        ("classes: {1: x}", "classes: the name must be text, got the number 1; put it in quotation marks"),
+        ("classes: [yes, no]", "classes: entry 1 must be text, got yes or no (True); put it in quotation marks"),
+        ("classes: [{a: x}]", "classes: entry 1 must be text, got the mapping {'a': 'x'}"),
+        ("classes: [a, b, a]", "classes: 'a' is there twice"),
+        ("classes: 3", "classes must be a list of names"),
+        ("classes: [a]\ntemplates: [1]", "templates: entry 1 must be text, got the number 1"),
+        ("classes: [a]\ntemplates: []", "templates must be text or a list of texts, got the list []"),
+        ("classes: [a]\ntemplates: {x: y}", "templates must be text or a list of texts, got the mapping {'x': 'y'}"),
+        ("classes: [a]\nplain: mass", "'plain' names ['mass'], which are no classes"),
+        ("classes: [a]\nplain: {a: 1}", "plain must be text or a list of texts"),
+        ("classes: [a]\nkind: [x]", "kind must be 'multilabel' or 'multiclass'"),
+        ("classes: [a]\n1: b\nc: d", "unknown entries 'c', 1"),
+        ("classes: [a\n", "not readable as YAML"),
+        ("[" * 5000, "not readable as YAML"),
+        ("classes: &a [*a]", "classes: entry 1 must be text"),
+    ],
+)
+def test_prompt_files_of_the_wrong_shape_are_one_line(text, words, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        benchmark(path)
+    assert words in str(caught.value) and str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
 class Words:

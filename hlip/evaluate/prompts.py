@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from ..text_file import read_text
 
 
 @dataclass(frozen=True)
@@ -53,41 +56,91 @@ def benchmark(name_or_path: str | Path) -> Benchmark:
     import yaml
 
     try:
-        return parse(path.stem, yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+        entry = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    return parse(path.stem, entry, where=str(path))
 
 
-def parse(name: str, entry: Any) -> Benchmark:
-    """One benchmark from plain data: ``kind``, ``classes`` (names, or name -> phrase or phrases), ``templates``, ``plain``."""
+def parse(name: str, entry: Any, *, where: str = "") -> Benchmark:
+    """One benchmark from plain data: ``kind``, ``classes`` (names, or name -> phrase or phrases), ``templates``, ``plain``.
+
+    Args:
+        name: of the benchmark. where: what messages call it (default: ``name``).
+
+    Raises:
+        ValueError: an entry is missing, unknown, or not of the type it must be.
+    """
+    where = where or name
     if not isinstance(entry, Mapping) or not entry.get("classes"):
-        raise ValueError(f"{name}: a prompt file needs 'classes': a list of names, or a mapping of names to phrases")
+        raise ValueError(f"{where}: a prompt file needs 'classes': a list of names, or a mapping of names to phrases")
     unknown = set(entry) - {"kind", "classes", "templates", "plain"}
     if unknown:
-        raise ValueError(f"{name}: unknown entries {sorted(unknown)}; known are kind, classes, templates, plain")
+        names = ", ".join(sorted(map(reprlib.repr, unknown)))
+        raise ValueError(f"{where}: unknown entries {names}; known are kind, classes, templates, plain")
     kind = entry.get("kind", "multilabel")
     if kind not in ("multilabel", "multiclass"):
-        raise ValueError(f"{name}: kind must be 'multilabel' or 'multiclass', got {kind!r}")
-    templates = entry.get("templates") or ["This study shows: {c}."]
+        raise ValueError(f"{where}: kind must be 'multilabel' or 'multiclass', got {reprlib.repr(kind)}")
+    templates = ["This study shows: {c}."] if entry.get("templates") is None else entry["templates"]
+    templates = _texts(templates, f"{where}: templates")
     for template in templates:
         if "{c}" not in template:
-            raise ValueError(f"{name}: template {template!r} lacks {{c}}, the place of the class phrase")
-    classes = entry["classes"]
-    if not isinstance(classes, Mapping):
-        classes = {c: c for c in classes}
-    plain = set(entry.get("plain") or ())
-    if plain - set(map(str, classes)):
-        raise ValueError(f"{name}: 'plain' names {sorted(plain - set(map(str, classes)))}, which are no classes")
+            raise ValueError(f"{where}: template {template!r} lacks {{c}}, the place of the class phrase")
+    phrases = _phrases(entry["classes"], f"{where}: classes")
+    plain = set(_texts(entry["plain"], f"{where}: plain")) if entry.get("plain") else set()
+    if plain - set(phrases):
+        raise ValueError(f"{where}: 'plain' names {sorted(plain - set(phrases))}, which are no classes")
     prompts = {}
-    for label, phrases in classes.items():
-        phrases = [phrases] if isinstance(phrases, str) else list(phrases)
+    for label, texts in phrases.items():
         used = templates[:1] if label in plain else templates
-        prompts[str(label)] = tuple(template.replace("{c}", phrase) for phrase in phrases for template in used)
+        prompts[label] = tuple(template.replace("{c}", text) for text in texts for template in used)
     return Benchmark(name, kind, prompts)
+
+
+def _phrases(classes: Any, where: str) -> dict[str, list[str]]:
+    """Phrases by class."""
+    if isinstance(classes, Mapping):
+        names = [_text(name, f"{where}: the name") for name in classes]
+        return {name: _texts(value, f"{where}: {name}") for name, value in zip(names, classes.values(), strict=True)}
+    if not isinstance(classes, list):
+        raise ValueError(f"{where} must be a list of names, or a mapping of names to phrases, got {_said(classes)}")
+    names = _texts(classes, where)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{where}: {twice[0]!r} is there twice")
+    return {name: [name] for name in names}
+
+
+def _texts(value: Any, where: str) -> list[str]:
+    """One text or a list of them, as a list."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"{where} must be text or a list of texts, got {_said(value)}")
+    return [_text(each, f"{where}: entry {i}") for i, each in enumerate(value, start=1)]
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        hint = "; put it in quotation marks" if isinstance(value, bool | int | float) else ""
+        raise ValueError(f"{where} must be text, got {_said(value)}{hint}")
+    if not value.strip():
+        raise ValueError(f"{where} must be text, got an empty one")
+    return value
+
+
+def _said(value: Any) -> str:
+    """A value as a person would call it, never longer than a line."""
+    if isinstance(value, bool):
+        return f"yes or no ({value})"
+    if value is None:
+        return "nothing"
+    kinds = {int: "the number", float: "the number", str: "the text", list: "the list", dict: "the mapping"}
+    return f"{kinds.get(type(value), type(value).__name__)} {reprlib.repr(value)}"
 
 
 @cache
 def _published() -> dict:
     import yaml
 
-    return yaml.safe_load(resources.files(__package__).joinpath("prompts.yaml").read_text())
+    return yaml.safe_load(resources.files(__package__).joinpath("prompts.yaml").read_text(encoding="utf-8"))
