@@ -1,6 +1,7 @@
 """`hlip evaluate` and `hlip embed` on folders of studies: with a run, and with published weights."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,3 +229,13 @@ def test_every_published_model_has_presets():
         assert names <= set(PRESETS) and ("chest-ct" in names) == name.endswith("2744")
     assert published.published_preset("vit_base_multiscan_h2_token1176")["mri"] == "mri-published-144"
     assert published.published_preset(NAME)["mri"] == "mri-published-48"
+
+
+def test_the_documented_lines_of_python_run(snapshot, place, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    (code,) = [block.split("```")[0] for block in page.split("```python\n")[1:] if "open_model" in block.split("```")[0]]
+    shutil.copytree(snapshot, place / "path" / "to" / "snapshot")
+    (place / "studies").rename(place / "test")
+    exec(compile(code, "checkpoints.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["s0", "s1", "s2", "s3"] and "meningioma" in lines[0]

@@ -122,6 +122,5 @@ def _tokenizer(source: str | Path, config: Variant) -> Tokenizer:
             return Tokenizer(place, config.context_length)
         except Exception as error:  # transformers raises many kinds for what is absent, offline or broken
             problem = problem or f"{place}: {reason(error)}"
-    raise ValueError(
-        f"no tokenizer: put tokenizer.json or vocab.txt of {config.text_model} beside the weights in {folder} ({problem})"
-    )
+    where = f"the weights in {folder}" if path.exists() else "a local copy of the weights"
+    raise ValueError(f"no tokenizer: put tokenizer.json or vocab.txt of {config.text_model} beside {where} ({problem})")
