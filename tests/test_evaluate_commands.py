@@ -95,8 +95,8 @@ def test_other_prompts_for_the_runs_own_studies(run, place, capsys):
 def test_studies_and_labels_that_do_not_meet_are_said(run, place, capsys, caplog):
     (place / "labels.csv").write_text("study,mass,bleed\ns1,1,0\ns2,0,1\nz1,0,0\nz2,1,0\nz3,1,1\n")
     assert main(["evaluate", run, *given()]) == 0
-    assert "labels.csv: 3 of 5 labelled studies are not in studies, e.g. z1" in caplog.text
-    assert "2 of 4 studies in studies have no labels and are not evaluated on, e.g. s0" in caplog.text
+    assert "3 of 5 studies that labels.csv has labels for are not in studies, e.g. z1" in caplog.text
+    assert "2 of 4 studies in studies have no labels in labels.csv and are not evaluated on, e.g. s0" in caplog.text
     assert "/2 " in capsys.readouterr().out
     (place / "labels.csv").write_text("study,mass,bleed\nz1,0,0\n")
     assert main(["evaluate", run, *given()]) == 1
@@ -127,7 +127,7 @@ def test_studies_that_cannot_be_read_are_counted_and_told_by_the_exit_status(run
 def test_competing_classes_are_checked_before_any_study_is_read(run, place, capsys):
     (place / "p.yaml").write_text("kind: multiclass\nclasses: [mass, bleed]\n")
     assert main(["evaluate", run, *given()]) == 1
-    assert "2 of 4 studies do not have exactly one class, e.g. 's0'" in capsys.readouterr().err
+    assert "2 of 4 studies have not, e.g. 's0' (mass: 0, bleed: 0)" in capsys.readouterr().err
 
 
 def test_prompts_are_read_before_studies(run, place, capsys):

@@ -34,7 +34,7 @@ def embed(args) -> int:
     device = device_of(args.device)
     chosen = benchmark(args.prompts) if args.prompts else None
     run = open_model(args.run, model=args.model, device=device)
-    paths, failed = studies_at(args.paths, follow_links=args.follow_links)
+    paths, failed = studies_at(args.paths, args.follow_links)
     studies = FolderStudies(Path.cwd(), paths=paths, need_reports=False, **reading(run, args))
     names, features = embed_studies(run.model, studies, device, batch_size=1)
     if not names:
@@ -93,7 +93,7 @@ def labelled_studies(run: Run, args, folder: str, labels: str, prompts: str, **o
     chosen = benchmark(prompts)
     known = read_labels(labels, chosen.classes)
     studies = FolderStudies(folder, need_reports=False, **reading(run, args), **options)
-    check_labels(studies.names, known, folder=folder, source=labels)
+    check_labels(studies, known, chosen, labels)
     return Validation(studies, chosen, known, batch_size=1)
 
 

@@ -82,7 +82,8 @@ def parser() -> argparse.ArgumentParser:
         "--out", default="features.npz", help="file to write: arrays 'studies' and 'features' (default: %(default)s)"
     )
     p.add_argument("--prompts", help="also score the studies: a benchmark's name or a YAML file")
-    _reading(p)
+    _links(p)
+    _prepared(p)
     _device(p)
 
     p = _command(commands, "evaluate", "score studies against sentences, and the scores against labels", _evaluate)
@@ -90,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--studies", help="a folder of studies (default: the run's own validation studies)")
     p.add_argument("--labels", help="CSV with a column 'study' and one of 0 and 1 for each class")
     p.add_argument("--prompts", help="a benchmark's name or a YAML file of classes and templates")
-    _reading(p)
+    _links(p)
+    _prepared(p)
     _device(p)
 
     p = _command(commands, "train", "train a model on studies and their reports", _train)
@@ -122,10 +124,8 @@ def _command(commands, name: str, what: str, function) -> argparse.ArgumentParse
     return p
 
 
-def _reading(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", default="", help="the published model that weights are of (default: told from their name)")
-    p.add_argument("--preset", help="how scans are prepared (default: as for the model's training)")
-    p.add_argument("--follow-links", action="store_true", help="also read what links out of a study's folder lead to")
+def _links(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--follow-links", action="store_true", help="follow links that lead out of the folders, as of DataLad")
 
 
 def _device(p: argparse.ArgumentParser) -> None:
@@ -191,3 +191,8 @@ def _demo(args) -> int:
     from ..demo import demo
 
     return demo(args.run, minutes=args.minutes)
+
+
+def _prepared(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", default="", help="the published model that weights are of (default: told from their name)")
+    p.add_argument("--preset", help="how scans are prepared (default: as for the model's training)")

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..data import StudyError, find_studies
 
 
-def studies_at(paths: Sequence[str], *, follow_links: bool = False) -> tuple[list[Path], int]:
+def studies_at(paths: Sequence[str], follow_links: bool = False) -> tuple[list[Path], int]:
     """The studies under all paths, and how many paths hold none (each is named on stderr; the rest goes on).
 
     Raises:

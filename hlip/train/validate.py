@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..evaluate import Benchmark, Metrics, classification_metrics, zero_shot_classifier
 from ..model import HLIP, Tokenizer
 from .config import TrainConfig
-from .examples import Collate, SimulatedExamples
+from .examples import Collate, FolderStudies, SimulatedExamples
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +36,7 @@ class Validation:
 
     @classmethod
     def make(cls, studies, prompts, config: TrainConfig) -> Validation | None:
-        """From what :func:`hlip.train.loop.make_datasets` gives; ``None`` when there is nothing to evaluate on.
-
-        Raises:
-            ValueError: no study has labels; or classes compete, and a study does not have exactly one of them.
-        """
+        """From what :func:`hlip.train.loop.make_datasets` gives; ``None`` when there is nothing to evaluate on."""
         if studies is None or prompts is None:
             return None
         chosen, labels = prompts
@@ -49,19 +45,10 @@ class Validation:
             return cls(SimulatedExamples(studies), chosen, labels)
         return cls(studies, chosen, labels, workers=config.data.workers)
 
-    def __post_init__(self) -> None:
-        names = self.dataset.names
-        self.labelled = [i for i, name in enumerate(names) if name in self.labels]
-        if not self.labelled:
-            check_labels(names, self.labels)
-        if self.benchmark.kind == "multiclass":
-            one = [0.0] * (len(self.benchmark.classes) - 1) + [1.0]
-            wrong = [names[i] for i in self.labelled if sorted(self.labels[names[i]]) != one]
-            if wrong:
-                raise ValueError(
-                    f"{len(wrong)} of {len(self.labelled)} studies do not have exactly one class, e.g. {wrong[0]!r}, but the "
-                    "kind of the prompts is multiclass: label one class 1 and the others 0, or say 'kind: multilabel'"
-                )
+    @property
+    def labelled(self) -> list[int]:
+        """Indices of the examples that have labels."""
+        return [i for i, name in enumerate(self.dataset.names) if name in self.labels]
 
     def run(self, model: HLIP, tokenizer: Tokenizer, device: torch.device | str) -> Metrics:
         """Scores every study that has a label and can be read; says how many cannot.
@@ -69,15 +56,17 @@ class Validation:
         Raises:
             ValueError: there is none.
         """
+        labelled = self.labelled
         names, features = embed_studies(
-            model, Subset(self.dataset, self.labelled), device, batch_size=self.batch_size, workers=self.workers
+            model, Subset(self.dataset, labelled), device, batch_size=self.batch_size, workers=self.workers
         )
         if not names:
-            raise ValueError(f"none of the {len(self.labelled)} studies with labels can be read; see the lines above")
-        if len(names) < len(self.labelled):
+            none = f"none of the {len(labelled)} studies with labels can be read; see the lines above"
+            raise ValueError(none if labelled else "no study has labels: check the 'study' column of the labels")
+        if len(names) < len(labelled):
             log.warning(
                 "%d of the %d studies with labels cannot be read (see the lines above): the result is of the other %d",
-                len(self.labelled) - len(names), len(self.labelled), len(names),
+                len(labelled) - len(names), len(labelled), len(names),
             )  # fmt: skip
         classifier = zero_shot_classifier(model, tokenizer, self.benchmark)
         scores = classifier.scores(features.to(device)).float().cpu().numpy()
@@ -85,35 +74,44 @@ class Validation:
         return classification_metrics(scores, labels, self.benchmark.classes, self.benchmark.kind)
 
 
-def check_labels(
-    names: Sequence[str], labels: Mapping[str, Sequence[float]], *, folder: str | Path = "", source: str | Path = "the labels"
-) -> None:
-    """Warns of studies without labels, and of labels whose study is not there, with an example of each.
+def check_labels(studies: FolderStudies, labels: Mapping[str, Sequence[float]], chosen: Benchmark, source: str | Path) -> None:
+    """Whether labels belong to these studies and can be scored. Warns of studies without any, and of rows without a study.
 
     Args:
-        names: of the studies. labels: by study. folder, source: where both come from, for the messages.
+        labels: of every class, by study. source: the file they come from, for messages.
 
     Raises:
-        ValueError: no study has labels.
+        ValueError: no study has labels; or classes compete (``multiclass``), and a study does not have exactly one of them.
     """
-    without = [name for name in names if name not in labels]
+    names = studies.names
     there = set(names)
+    labelled = [name for name in names if name in labels]
     absent = [name for name in labels if name not in there]
-    where = f" in {folder}" if folder else ""
-    if len(without) == len(names):
+    if not labelled:
+        given = f"there is {absent[0]!r}" if absent else "the file names none"
         raise ValueError(
-            f"{source}: no labels for any of the {len(names)} studies{where}: the column 'study' must hold their names, "
-            f"such as {names[0]!r}; " + (f"it holds {absent[0]!r}" if absent else "it is empty")
+            f"{source} has no labels for any of the {len(names)} studies in {studies.folder}: its column 'study' must hold the "
+            f"names of the sub-folders, such as {names[0]!r}; {given}"
         )
+    if len(labelled) < len(names):
+        log.warning(
+            "%d of %d studies in %s have no labels in %s and are not evaluated on, e.g. %s", len(names) - len(labelled),
+            len(names), studies.folder, source, next(name for name in names if name not in labels),
+        )  # fmt: skip
     if absent:
         log.warning(
-            "%s: %d of %d labelled studies are not%s, e.g. %s", source, len(absent), len(labels), where or " there", absent[0]
-        )
-    if without:
-        log.warning(
-            "%s: %d of %d studies%s have no labels and are not evaluated on, e.g. %s",
-            source, len(without), len(names), where, without[0],
+            "%d of %d studies that %s has labels for are not in %s, e.g. %s",
+            len(absent), len(labels), source, studies.folder, absent[0],
         )  # fmt: skip
+    if chosen.kind == "multiclass":
+        wrong = [name for name in labelled if sorted(labels[name]) != [0.0] * (len(labels[name]) - 1) + [1.0]]
+        if wrong:
+            given = ", ".join(f"{c}: {value:g}" for c, value in zip(chosen.classes, labels[wrong[0]], strict=True))
+            raise ValueError(
+                f"{source}: classes of kind multiclass exclude each other, so every study needs one 1 and otherwise 0; "
+                f"{len(wrong)} of {len(labelled)} studies have not, e.g. {wrong[0]!r} ({given}). "
+                "If several can be true of a study, say 'kind: multilabel' in the prompts"
+            )
 
 
 @torch.no_grad()
