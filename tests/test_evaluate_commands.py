@@ -82,6 +82,15 @@ def test_studies_are_prepared_as_the_run_was_trained(run, capsys, caplog):
     assert "no preset named 'mir'" in capsys.readouterr().err
 
 
+def test_studies_are_read_within_the_limits_of_the_run(run, place, caplog):
+    values = yaml.safe_load((place / "run" / "config.yaml").read_text())
+    values["data"]["min_slices"] = 6  # the studies have 5
+    (place / "run" / "config.yaml").write_text(yaml.safe_dump(values))
+    for arguments in (["embed", "studies", "--run", run], ["evaluate", run], ["evaluate", run, *given()]):
+        assert main(arguments) == 1
+    assert "s0 left out" in caplog.text
+
+
 def test_other_prompts_for_the_runs_own_studies(run, place, capsys):
     (place / "other.yaml").write_text("classes: {mass: [tumour]}\n")
     assert main(["evaluate", run, "--prompts", "other.yaml"]) == 0

@@ -11,7 +11,7 @@ import torch
 
 from ..evaluate import benchmark, zero_shot_classifier
 from ..train.examples import FolderStudies, read_labels
-from ..train.loop import make_datasets
+from ..train.inputs import how_to_read, make_datasets
 from ..train.published import PublishedModel, open_model
 from ..train.run import Run
 from ..train.validate import Validation, check_labels, embed_studies
@@ -99,9 +99,17 @@ def labelled_studies(run: Run, args, folder: str, labels: str, prompts: str, **o
 
 def reading(run: Run, args) -> dict:
     """How studies are read and prepared: as the model was trained (see :class:`FolderStudies`), unless asked otherwise."""
-    trained = run.preset if isinstance(run, PublishedModel) else run.config.data.preset
-    simulated = not isinstance(run, PublishedModel) and run.config.data.train == "simulated"
-    if args.preset and args.preset != trained and not simulated:
+    data = run.config.data
+    if isinstance(run, PublishedModel):
+        options = {"preset": run.preset}
+    elif data.train == "simulated":
+        options = {"preset": data.preset}
+    else:
+        options = {name: value for name, value in how_to_read(data).items() if name != "cache"}
+    trained = options["preset"]
+    if args.preset and args.preset != trained and data.train != "simulated":
         usual = ", ".join(dict.fromkeys(trained.values())) if isinstance(trained, Mapping) else trained
         log.warning("--preset %s: the model was trained on scans prepared otherwise (%s)", args.preset, usual)
-    return {"preset": args.preset or trained, **({"follow_links": True} if args.follow_links else {})}
+    if args.follow_links:
+        options["follow_links"] = True
+    return {**options, "preset": args.preset or trained}

@@ -118,6 +118,17 @@ def _why_not_file(path: Path, plain: Path, home: Path, follow_links: bool, seen:
     return ""
 
 
+def _is_met(target: Path, home: Path) -> bool:
+    """Whether a place is inside the folder, and not hidden there: then it is met without a link."""
+    return target.is_relative_to(home) and not any(p.startswith(".") for p in target.relative_to(home).parts)
+
+
+def _broken(path: Path) -> str:
+    if "annex" in Path(os.readlink(path)).parts:
+        return "its content has not been fetched (git-annex or DataLad: git annex get, datalad get)"
+    return "a broken link"
+
+
 def find_studies(paths: str | os.PathLike | Iterable[str | os.PathLike], *, follow_links: bool = False) -> list[Path]:
     """The paths to give to ``read_study``, one per study, sorted, none inside another.
 
@@ -132,7 +143,9 @@ def find_studies(paths: str | os.PathLike | Iterable[str | os.PathLike], *, foll
     one. Files of several studies in one flat folder are read as one study, with a note.
 
     Args:
-        follow_links: as in ``Limits``.
+        paths: one or several; a path that is a link itself is always followed.
+        follow_links: follow links that lead out of the given folder, as ``read_study`` does with the same option.
+            Without it, a warning tells how many there were outside of studies.
 
     Raises:
         StudyError: a path that does not exist, or no image under any of them; ``skipped`` says what was passed over.
@@ -143,7 +156,12 @@ def find_studies(paths: str | os.PathLike | Iterable[str | os.PathLike], *, foll
     for path in map(Path, paths):
         if not path.exists():
             raise StudyError(f"{clean_text(str(path), 400)} does not exist: give a folder or an image file")
-        found |= {path} if path.is_file() else _studies_under(path, follow_links)
+        if path.is_file():
+            found.add(path)
+        else:
+            files, passed = list_files(path, follow_links)
+            found |= _studies_of(path, files)
+            skipped += passed
     if not found:
         places = ", ".join(clean_text(str(p), 200) for p in paths) or "an empty list"
         expected = f"folders with DICOM files or {', '.join(VOLUME_SUFFIXES)} volumes"
@@ -155,9 +173,9 @@ def find_studies(paths: str | os.PathLike | Iterable[str | os.PathLike], *, foll
     return sorted(p for p in found if not any(parent in found for parent in p.parents))
 
 
-def _studies_under(root: Path, follow_links: bool) -> set[Path]:
+def _studies_of(root: Path, files: list[Path]) -> set[Path]:
     by_folder: dict[Path, list[Path]] = {}
-    for path in list_files(root, follow_links)[0]:
+    for path in files:
         by_folder.setdefault(path.parent, []).append(path)
     by_uid: dict[str, list[Path]] = {}
     found: set[Path] = set()

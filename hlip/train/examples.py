@@ -80,7 +80,6 @@ class FolderStudies(Dataset):
         max_scans: a random choice of at most this many scans each time; 0 keeps all.
         need_reports: leave out studies without a report; otherwise reports are not read at all.
         substitute: see above; for training.
-        limits: of reading, see :func:`hlip.data.read_study`.
 
     Raises:
         FileNotFoundError: no such folder. ValueError: no such preset or limits; no study, or no report for any.

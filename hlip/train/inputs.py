@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from ..model import Tokenizer, train_tokenizer
 from .config import DataConfig, TrainConfig
 from .examples import FolderStudies, SimulatedExamples, read_labels
 from .run import context_length, from_the_hub, text_source
-
-log = logging.getLogger(__name__)
+from .validate import check_labels
 
 
 def make_datasets(config: TrainConfig) -> tuple[Dataset, Dataset | None, tuple[Benchmark, dict | None] | None]:
@@ -68,40 +66,6 @@ def how_to_read(data: DataConfig) -> dict:
         name: getattr(data, name) for name in ("min_slices", "follow_links") if getattr(data, name) != getattr(fresh, name)
     }
     return {"preset": data.preset, "cache": data.cache, **limits}
-
-
-def check_labels(studies: FolderStudies, labels: dict[str, list[float]], chosen: Benchmark, source: str) -> None:
-    """Whether labels belong to these studies and can be scored. Warns of studies without any.
-
-    Args:
-        labels: of every class, by study. source: the file they come from, for messages.
-
-    Raises:
-        ValueError: no study has labels; or classes compete (``multiclass``), and a study does not have exactly one of them.
-    """
-    names = [studies.name(path) for path in studies.paths]
-    labelled = [name for name in names if name in labels]
-    if not labelled:
-        there = f"there is {next(iter(labels))!r}" if labels else "the file names none"
-        raise ValueError(
-            f"{source} has no labels for any of the {len(names)} studies in {studies.folder}: its column 'study' must hold the "
-            f"names of the sub-folders, such as {names[0]!r}; {there}"
-        )
-    if len(labelled) < len(names):
-        without = next(name for name in names if name not in labels)
-        log.warning(
-            "%d of %d studies in %s have no labels in %s and are not evaluated on, e.g. %s",
-            len(names) - len(labelled), len(names), studies.folder, source, without,
-        )  # fmt: skip
-    if chosen.kind == "multiclass":
-        wrong = [name for name in labelled if sorted(labels[name]) != [0.0] * (len(labels[name]) - 1) + [1.0]]
-        if wrong:
-            given = ", ".join(f"{c}: {value:g}" for c, value in zip(chosen.classes, labels[wrong[0]], strict=True))
-            raise ValueError(
-                f"{source}: classes of kind multiclass exclude each other, so every study needs one 1 and otherwise 0; "
-                f"{len(wrong)} of {len(labelled)} studies have not, e.g. {wrong[0]!r} ({given}). "
-                f"If several can be true of a study, say 'kind: multilabel' in the prompts"
-            )
 
 
 def make_tokenizer(config: TrainConfig, dataset: Dataset) -> Tokenizer:
