@@ -79,7 +79,7 @@ def test_train_evaluate_embed(tmp_path, capsys, monkeypatch, study):
 
 def test_mistakes_are_one_line(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("colour: red\n")
-    (tmp_path / "good.yaml").write_text(f"run: {tmp_path / 'c.yaml'}\n")
+    (tmp_path / "good.yaml").write_text(f"run: {tmp_path / 'c.yaml'}\ndata: {{train: {tmp_path / 'nowhere'}}}\n")
     train = ["train", "--config", str(tmp_path / "good.yaml")]
     for arguments, word in (
         (["train", "--config", str(tmp_path / "c.yaml")], "colour"),
@@ -122,7 +122,7 @@ def test_what_the_system_refuses_is_one_line_and_bugs_are_not_hidden(monkeypatch
 def test_a_trained_run_is_resumed_or_replaced_only_when_asked(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "c.yaml").write_text(f"run: {tmp_path / 'run'}\n")
+    (tmp_path / "c.yaml").write_text(f"run: {tmp_path / 'run'}\ndata: {{train: {tmp_path / 'nowhere'}}}\n")
     assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 1
     assert "already holds a trained run" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
