@@ -76,7 +76,6 @@ def test_one_backward_kernel_is_predicted_faster_than_two_and_two_slower_than_fo
     assert two / one == pytest.approx(7 / 5, rel=0.05)
 
 
-
 def test_refusal_names_the_head_dim():
     layout = Layout.from_lengths([100], levels=("segment",))
     with pytest.raises(ValueError, match="head dim 80"):
