@@ -17,9 +17,16 @@ import torch
 T = TypeVar("T")
 
 
+def from_array(array: np.ndarray) -> torch.Tensor:
+    """The array as a CPU tensor that autograd may save, also when made under ``torch.inference_mode()``: tables outlive it."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(array)
+
+
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy of an array, without waiting for it."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    """A copy of an array, without waiting for it; like :func:`from_array` in any mode."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
 def keep(kept: dict[Hashable, Any], key: Hashable, device: torch.device, make: Callable[[], T]) -> T:

@@ -14,12 +14,13 @@ Shape letters: ``T`` patch tokens, ``P`` prefix rows of a segment, ``S`` segment
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from .compiling import any_length
+from .kept import from_array
 from .layout_input import (
     check_names,
     children_from_lengths,
@@ -94,7 +95,7 @@ class Layout:
         self._patterns = {}
         for level in self.levels:
             self._patterns[level, 0, None] = Plan(pattern_table(self, level, 0, None))
-        self._set_device_tables(self._host_tables())
+        self._set_device_tables(*self._host_tables())
         self._frozen = True
 
     # ------------------------------------------------------------------ constructors
@@ -271,22 +272,11 @@ class Layout:
             device = torch.device("cuda", torch.cuda.current_device())
         if device == self.device:
             return self
-        other = object.__new__(Layout)
-        for name, value in self.__dict__.items():
-            other.__dict__[name] = value
-        other.__dict__["_frozen"] = False
-        other._set_device_tables(self._tables_on(device, non_blocking))
-        other._frozen = True
-        return other
+        return self._with_tables(lambda blob: blob.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Layout:
         """For ``torch.utils.data.DataLoader(pin_memory=True)``: page-locks the index buffer so that ``to`` is asynchronous."""
-        other = object.__new__(Layout)
-        other.__dict__.update(self.__dict__)
-        other.__dict__["_frozen"] = False
-        other._set_device_tables((self._blob.cpu().pin_memory(), self._spans))
-        other._frozen = True
-        return other
+        return self._with_tables(lambda blob: blob.cpu().pin_memory())
 
     def drop(self, keep: torch.Tensor | np.ndarray) -> Layout:
         """The layout that remains when only the patch rows with ``keep[i]`` stay, e.g. after patch dropout.
@@ -333,6 +323,16 @@ class Layout:
     def device(self) -> torch.device:
         return self._blob.device
 
+    def _with_tables(self, moved: Callable[[torch.Tensor], torch.Tensor]) -> Layout:
+        """The same layout, patterns included, with its index buffer moved."""
+        other = object.__new__(Layout)
+        other.__dict__.update(self.__dict__)
+        other.__dict__["_frozen"] = False
+        with torch.inference_mode(False):  # training may follow with the same layout, and saves its tables
+            other._set_device_tables(moved(self._blob), self._spans)
+        other._frozen = True
+        return other
+
     def _host_tables(self) -> tuple[torch.Tensor, dict]:
         """Every index array the kernels read, as spans of one int32 buffer (so that moving it is one copy)."""
         arrays = {}
@@ -351,13 +351,10 @@ class Layout:
         blob = np.zeros(start, dtype=np.int32)
         for key, array in arrays.items():
             blob[spans[key][0] : spans[key][1]] = array
-        return torch.from_numpy(blob), spans
+        return from_array(blob), spans
 
-    def _tables_on(self, device: torch.device, non_blocking: bool) -> tuple[torch.Tensor, dict]:
-        return self._blob.to(device, non_blocking=non_blocking), self._spans
-
-    def _set_device_tables(self, blob_and_spans: tuple[torch.Tensor, dict]) -> None:
-        self._blob, self._spans = blob_and_spans
+    def _set_device_tables(self, blob: torch.Tensor, spans: dict) -> None:
+        self._blob, self._spans = blob, spans
         self._tables = {key: self._blob[a:b] for key, (a, b) in self._spans.items()}
         for i in range(len(self.levels)):
             self._tables["chunks", i] = self._tables["chunks", i].view(-1, 3)

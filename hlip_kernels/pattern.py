@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from .compiling import any_length
-from .kept import keep, to_device
+from .kept import from_array, keep, to_device
 
 if TYPE_CHECKING:
     from .layout import Layout
@@ -87,7 +87,7 @@ def pattern_table(layout: Layout, level: str, neighbours: int, summary: str | No
 
     header = np.zeros((1, 8), dtype=np.int64)
     header[0, :3] = len(forward), len(transposed), layout.num_rows
-    return any_length(torch.from_numpy(np.concatenate([header, forward, transposed]).astype(np.int32)))
+    return any_length(from_array(np.concatenate([header, forward, transposed]).astype(np.int32)))
 
 
 def _siblings(layout: Layout, level: str, parent: str) -> tuple[np.ndarray, np.ndarray]:

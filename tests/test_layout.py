@@ -9,7 +9,7 @@ from attention_truth import LEVELS, PREFIXES, RAGGED, make, ragged_lengths, segm
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hlip_kernels import Layout
+from hlip_kernels import Layout, attention, segment_mean, switch_level
 from hlip_kernels.pattern import Plan
 
 
@@ -199,6 +199,27 @@ def test_moving_copies_one_buffer_and_shares_the_plans():
     assert moved.device.type == "meta" and moved.offsets("scan").device.type == "meta"
     assert moved.pattern("slice", neighbours=1) is table
     assert layout.to("cpu") is layout
+
+
+def trains(layout):
+    """Every op's tables are saved for a backward pass: torch refuses those that only inference may use."""
+    qkv = torch.randn(layout.num_rows, 3, 2, 8, device=layout.device, requires_grad=True)
+    out = attention(*qkv.unbind(1), layout, "slice", neighbours=1).flatten(1)
+    out = switch_level(out + segment_mean(out, layout, "study").sum(), layout, "slice", "scan")
+    if layout.device.type != "meta":
+        out.sum().backward()
+
+
+def test_tables_made_in_inference_mode_serve_training():
+    layout = make(RAGGED, 1)
+    with torch.inference_mode():
+        layout.pattern("slice", neighbours=1)
+        moved, built = layout.to("meta"), make(RAGGED, 1)
+        dropped = built.drop(np.ones(built.num_tokens, dtype=bool))
+        tiles = Plan.of(built.pattern("scan")).tiles(64, torch.device("cpu"))
+    assert not any(t.is_inference() for t in (*tiles, moved.offsets("scan"), moved.chunks("scan")[0]))
+    for each in (layout, moved, built, dropped):
+        trains(each)
 
 
 def test_a_plan_is_made_once():
