@@ -14,19 +14,19 @@ Shape letters: ``T`` patch tokens, ``P`` prefix rows of a segment, ``S`` segment
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from .compiling import any_length
-from .kept import from_array
 from .layout_input import (
     check_names,
     children_from_lengths,
     children_from_offsets,
     grids_to_lengths,
 )
+from .layout_tables import host_tables
 from .pattern import Plan, pattern_table
 
 _INT32_MAX = 2**31 - 1
@@ -54,6 +54,7 @@ class Layout:
         num_prefix: int = 0,
         row_multiple: int = 1,
         grids: Sequence[Sequence[tuple[int, int, int]]] | None = None,
+        patterns: Iterable[tuple[str, int, str | None]] = (),
     ):
         """Not meant to be called by users: the ``from_*`` constructors check their input and call this.
 
@@ -65,6 +66,7 @@ class Layout:
             num_prefix: prefix rows per segment.
             row_multiple: round ``num_rows`` up to a multiple of this.
             grids: token grids, kept for position embeddings.
+            patterns: ``(level, neighbours, summary)`` of patterns to build besides those of the levels.
         """
         if not isinstance(num_prefix, (int, np.integer)) or isinstance(num_prefix, bool) or num_prefix < 0:
             raise ValueError(f"num_prefix must be an int >= 0, got {num_prefix!r}")
@@ -81,6 +83,8 @@ class Layout:
         for children in self._child_offsets:
             host.append(host[-1][children])
         self._host_offsets = tuple(host)
+        for array in (*self._host_offsets, *self._child_offsets):
+            array.flags.writeable = False
 
         self.num_tokens = int(self._token_offsets[-1])
         self._num_segments = tuple(len(offsets) - 1 for offsets in host)
@@ -93,9 +97,9 @@ class Layout:
             )
 
         self._patterns = {}
-        for level in self.levels:
-            self._patterns[level, 0, None] = Plan(pattern_table(self, level, 0, None))
-        self._set_device_tables(*self._host_tables())
+        for key in (*((level, 0, None) for level in self.levels), *patterns):
+            self._patterns[key] = Plan(pattern_table(self, *key))
+        self._set_device_tables(*host_tables(self))
         self._frozen = True
 
     # ------------------------------------------------------------------ constructors
@@ -241,8 +245,9 @@ class Layout:
     def pattern(self, level: str, *, neighbours: int = 0, summary: str | None = None) -> torch.Tensor:
         """The row ranges each segment may attend to, as the int32 CPU table the ``hlip::attention`` op takes.
 
-        Level patterns are there from the start; others are made on first use and kept. See :mod:`hlip_kernels.pattern`
-        for the format and :func:`hlip_kernels.attention` for what the options mean.
+        Level patterns are there from the start; others are made on first use and kept, by copies and what :meth:`drop`
+        leaves too. See :mod:`hlip_kernels.pattern` for the format and :func:`hlip_kernels.attention` for what the options
+        mean.
         """
         self.index(level)
         if summary is not None:
@@ -308,6 +313,7 @@ class Layout:
             self._child_offsets,
             num_prefix=self.num_prefix,
             row_multiple=self.row_multiple,
+            patterns=self._built(),
         )
         return layout.to(self.device)
 
@@ -333,26 +339,6 @@ class Layout:
         other._frozen = True
         return other
 
-    def _host_tables(self) -> tuple[torch.Tensor, dict]:
-        """Every index array the kernels read, as spans of one int32 buffer (so that moving it is one copy)."""
-        arrays = {}
-        for i, offsets in enumerate(self._host_offsets):
-            arrays["offsets", i] = offsets
-            arrays["chunks", i], arrays["chunk_offsets", i] = _chunks(offsets)
-        for high in range(1, len(self.levels)):
-            for low in range(high):
-                children = self.host_children(self.levels[low], self.levels[high])
-                arrays["children", low, high] = children
-                arrays["parents", low, high] = np.repeat(np.arange(len(children) - 1), np.diff(children))
-        spans, start = {}, 0
-        for key, array in arrays.items():
-            spans[key] = (start, start + len(array))
-            start += -(-len(array) // 4) * 4  # each array starts on 16 bytes
-        blob = np.zeros(start, dtype=np.int32)
-        for key, array in arrays.items():
-            blob[spans[key][0] : spans[key][1]] = array
-        return from_array(blob), spans
-
     def _set_device_tables(self, blob: torch.Tensor, spans: dict) -> None:
         self._blob, self._spans = blob, spans
         self._tables = {key: self._blob[a:b] for key, (a, b) in self._spans.items()}
@@ -366,11 +352,20 @@ class Layout:
             raise AttributeError(f"a Layout is frozen: build a new one instead of setting {name!r}")
         self.__dict__[name] = value
 
+    def _built(self) -> tuple[tuple[str, int, str | None], ...]:
+        """The patterns that were asked for, besides those of the levels."""
+        return tuple(key for key in self._patterns if key[1:] != (0, None))
+
+    def __copy__(self) -> Layout:
+        return self  # nothing in it ever changes
+
+    def __deepcopy__(self, memo) -> Layout:
+        return self
+
     def __reduce__(self):
-        return (
-            _rebuild,
-            (self.levels, self._token_offsets, self._child_offsets, self.num_prefix, self.row_multiple, self.grids),
-        )
+        """Pickles come back on the CPU, wherever the layout was: another process may not have that device."""
+        shape = self.levels, self._token_offsets, self._child_offsets, self.num_prefix, self.row_multiple, self.grids
+        return _rebuild, (*shape, self._built())
 
     def __repr__(self) -> str:
         segments = ", ".join(
@@ -382,15 +377,6 @@ class Layout:
         )
 
 
-def _chunks(offsets: np.ndarray, rows: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """See :meth:`Layout.chunks`; the first array flattened."""
-    counts = -(-np.diff(offsets) // rows)
-    chunk_offsets = np.concatenate([[0], np.cumsum(counts)])
-    segment = np.repeat(np.arange(len(counts)), counts)
-    start = offsets[segment] + (np.arange(len(segment)) - chunk_offsets[segment]) * rows
-    stop = np.minimum(start + rows, offsets[segment + 1])
-    return np.stack([segment, start, stop], axis=1).ravel(), chunk_offsets
-
-
-def _rebuild(levels, token_offsets, child_offsets, num_prefix, row_multiple, grids) -> Layout:
-    return Layout(levels, token_offsets, child_offsets, num_prefix=num_prefix, row_multiple=row_multiple, grids=grids)
+def _rebuild(levels, token_offsets, child_offsets, num_prefix, row_multiple, grids, patterns=()) -> Layout:
+    options = {"num_prefix": num_prefix, "row_multiple": row_multiple, "grids": grids, "patterns": patterns}
+    return Layout(levels, token_offsets, child_offsets, **options)

@@ -1,5 +1,6 @@
 """The layout: what its constructors accept and refuse, and that its tables say what the nested lengths say."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -190,6 +191,28 @@ def test_frozen_readable_and_pickles():
     again = pickle.loads(pickle.dumps(layout))
     assert again.num_rows == layout.num_rows and torch.equal(again.offsets("scan"), layout.offsets("scan"))
     assert again.pattern("scan").tolist() == layout.pattern("scan").tolist()
+
+
+def test_copies_keep_the_patterns_and_the_device():
+    layout = make(RAGGED, 1).to("meta")
+    layout.pattern("slice", neighbours=1)
+    layout.pattern("scan", summary="study")
+    for same in (copy.copy(layout), copy.deepcopy([layout])[0]):
+        assert same is layout  # frozen, arrays included
+    for array in (layout.host_offsets("slice"), layout.host_offsets("study"), layout.host_children("slice", "scan")):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+    again = pickle.loads(pickle.dumps(layout))
+    assert again.device.type == "cpu"
+    dropped = layout.drop(np.arange(layout.num_tokens) % 2 == 0)
+    for other in (again, dropped):
+        assert list(other._patterns) == list(layout._patterns)
+    assert torch.equal(again.pattern("slice", neighbours=1), layout.pattern("slice", neighbours=1))
+    torch._dynamo.reset()
+    q = torch.randn(layout.num_rows, 1, 8)
+    run = lambda layout: attention(q, q, q, layout, "slice", neighbours=1)  # noqa: E731
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(again), run(again))
 
 
 def test_moving_copies_one_buffer_and_shares_the_plans():
