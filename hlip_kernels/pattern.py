@@ -135,6 +135,7 @@ class Plan:
         plan = cls._alive.get(table.data_ptr())
         if plan is None or plan.table.shape != table.shape:
             plan = cls(table)
+            _check_records(plan)
         return plan
 
     @cached_property
@@ -193,3 +194,11 @@ def _check_table(table: torch.Tensor) -> None:
     header = table[0, :2].tolist()
     if min(header) < 0 or 1 + sum(header) != len(table):
         raise ValueError(f"broken pattern table: its header names {header} records, it holds {len(table) - 1}")
+
+
+def _check_records(plan: Plan) -> None:
+    """A table that no layout made: its ranges lie inside the rows that its header names."""
+    for records in (plan.forward, plan.transposed):
+        first, count = records[:, 0::2], records[:, 1::2]
+        if min(first.min(initial=0), count.min(initial=0)) < 0 or (first + count).max(initial=0) > plan.num_rows:
+            raise ValueError(f"broken pattern table: it names rows beyond the {plan.num_rows} of its header")

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from attention_truth import RAGGED, make
@@ -26,6 +28,7 @@ def good(rows=8, heads=2, dim=16, **options):
         (lambda q, k, v: (q, k, v.to("meta")), ["v", "meta"]),
         (lambda q, k, v: (q, k, v.flatten(1)), ["v", "dim"]),
         (lambda q, k, v: (q.int(), k.int(), v.int()), ["q", "int32"]),
+        (lambda q, k, v: [t.to(torch.float8_e4m3fn) for t in (q, k, v)], ["q", "bfloat16", "float8_e4m3fn"]),
         (lambda q, k, v: (q, good(8, 16, 2).transpose(1, 2), v), ["k", "contiguous"]),
     ],
 )
@@ -46,11 +49,19 @@ def test_bad_tensors_are_named(change, words):
         ({"level": "scan", "summary": "slice"}, ["summary", "coarser"]),
         ({"level": "scan", "summary": "moon"}, ["moon"]),
         ({"level": "scan", "backend": "magic"}, ["magic", "'sdpa'"]),
+        ({"level": "scan", "scale": torch.tensor(0.3)}, ["scale", "gradient", "multiply q"]),
+        ({"level": "scan", "scale": torch.nn.Parameter(torch.tensor(0.3)), "backend": "reference"}, ["scale", "multiply q"]),
+        ({"level": "scan", "scale": "0.3"}, ["scale", "'0.3'"]),
+        ({"level": "scan", "scale": True}, ["scale", "True"]),
+        ({"level": "scan", "scale": 1j}, ["scale", "1j"]),
+        ({"level": "scan", "scale": float("nan")}, ["scale", "finite", "nan"]),
+        ({"level": "scan", "scale": np.float32("inf")}, ["scale", "finite", "inf"]),
+        ({"level": "scan", "scale": 10**400}, ["scale", "finite"]),
     ],
 )
 def test_bad_options_are_named(options, words):
     layout = make([[[8]]], 0)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((ValueError, TypeError)) as caught:
         attention(good(), good(), good(), layout, **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
@@ -58,6 +69,34 @@ def test_bad_options_are_named(options, words):
 def test_summary_without_prefix_rows_is_refused():
     with pytest.raises(ValueError, match="num_prefix=0"):
         attention(good(), good(), good(), make([[[8]]], 0), "slice", summary="study")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"q": good(68), "k": good(68), "v": good(68)}, ["R = 8", "(68, 2, 16)"]),
+        ({"v": good(7)}, ["R = 8", "(7, 2, 16)"]),
+        ({"k": good(8, 1)}, ["shape", "(8, 1, 16)"]),
+        ({"k": good().half()}, ["dtype", "float16"]),
+        ({"v": good(8, 16, 2).transpose(1, 2)}, ["contiguous", "strides (32, 1, 2)"]),
+        ({"q": good(8, 2, 0)}, ["shape", "(8, 2, 0)"]),
+    ],
+)
+def test_the_ops_themselves_refuse_what_kernels_would_read_beyond(change, words):
+    pattern = make([[[8]]], 0).pattern("scan")
+    rows = {name: good() for name in "qkv"}
+    out, lse = torch.ops.hlip.attention(*rows.values(), pattern, 0.25, "auto")
+    backward = torch.ops.hlip.attention_backward
+    with pytest.raises(ValueError) as caught:
+        torch.ops.hlip.attention(*(rows | change).values(), pattern, 0.25, "auto")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    with pytest.raises(ValueError) as caught:
+        backward(out, None, *(rows | change).values(), out, lse, pattern, 0.25, "auto")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    for bad in ({"grad_out": good(9)}, {"out": good(9)}, {"lse": lse[:, 1:]}, {"grad_lse": lse.double()}):
+        given = {"grad_out": out, "grad_lse": None, **rows, "out": out, "lse": lse} | bad
+        with pytest.raises(ValueError, match=r"\(2, 7\)|\(9, 2, 16\)|float64 \(2, 8\)"):
+            backward(*given.values(), pattern, 0.25, "auto")
 
 
 def test_a_layout_is_needed():
@@ -76,11 +115,15 @@ def test_a_named_backend_never_falls_back():
 
 def test_every_refusal_has_a_reason():
     for device, capability in (("cpu", None), ("cuda", (7, 5)), ("cuda", (9, 0)), ("mps", None), ("xpu", None)):
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32):
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.float8_e5m2):
             for head_dim in (8, 64, 512):
                 for backend in BACKENDS.values():
                     support = backend.supports(Query(device, capability, dtype, head_dim))
                     assert bool(support) == (not support.reason)
+                if dtype in (torch.int32, torch.float8_e5m2):
+                    assert not any(
+                        backend.supports(Query(device, capability, dtype, head_dim)) for backend in BACKENDS.values()
+                    )
 
 
 def test_auto_on_a_cpu_is_sdpa_and_its_answer():
@@ -93,7 +136,9 @@ def test_scale():
     layout = make(RAGGED, 1)
     q, k, v = (good(layout.num_rows) for _ in range(3))
     expected = attention(q * 0.5, k, v, layout, "scan", scale=1.0)
-    torch.testing.assert_close(attention(q, k, v, layout, "scan", scale=0.5), expected)
+    for half in (0.5, np.float32(0.5), np.float64(0.5), Fraction(1, 2)):
+        torch.testing.assert_close(attention(q, k, v, layout, "scan", scale=half), expected)
+    assert torch.equal(attention(q, k, v, layout, "scan", scale=np.int8(1)), attention(q, k, v, layout, "scan", scale=1.0))
     torch.testing.assert_close(attention(q, k, v, layout, "scan"), attention(q, k, v, layout, "scan", scale=16**-0.5))
 
 

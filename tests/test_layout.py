@@ -258,6 +258,11 @@ def test_a_plan_is_made_once():
     broken[0, 0] += 1
     with pytest.raises(ValueError, match="broken"):
         Plan.of(broken)
+    for row, column, value in ((1, 4, -1), (2, 5, layout.num_rows), (0, 2, layout.num_rows - 1)):
+        broken = layout.pattern("scan").clone()
+        broken[row, column] = value
+        with pytest.raises(ValueError, match="beyond"):
+            Plan.of(broken)
 
 
 def test_unknown_levels_are_named():

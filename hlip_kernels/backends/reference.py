@@ -7,12 +7,14 @@ import torch
 from ..pattern import Plan
 from .base import Backend, Query, Support, stats_dtype
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that attention is defined for
+
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q k^T) v`` record by record, differentiable by autograd any number of times.
 
     Args:
-        q, k, v: ``(R, H, D)``, any floating dtype; computed in float32, or float64 for float64 input.
+        q, k, v: ``(R, H, D)``, one of :data:`DTYPES`; computed in float32, or float64 for float64 input.
         plan: which rows see which.
         scale: multiplies the logits.
 
@@ -53,8 +55,8 @@ class ReferenceBackend(Backend):
     name = "reference"
 
     def supports(self, query: Query) -> Support:
-        if not query.dtype.is_floating_point:
-            return Support.no(f"needs a floating dtype, got {query.dtype}")
+        if query.dtype not in DTYPES:
+            return Support.no(f"needs float16, bfloat16, float32 or float64, got {query.dtype}")
         return Support.yes()
 
     def forward(self, q, k, v, plan, scale, numerics):

@@ -9,7 +9,7 @@ from ..backends import Query, choose, reference
 from ..backends.base import Numerics, stats_dtype
 from ..layout import Layout
 from ..pattern import Plan
-from .checks import check_layout, check_rows
+from .checks import check_layout, check_op_lse, check_op_rows, check_rows, check_scale, refuse_tangents
 
 
 def attention(
@@ -38,7 +38,7 @@ def attention(
             float32; float64 on the ``reference`` and ``sdpa`` backends.
         layout: the ragged shape, on the same device.
         level: the name of the level to attend at.
-        scale: multiplies the logits; default ``D ** -0.5``.
+        scale: multiplies the logits; a finite number, default ``D ** -0.5``. For a learned one, multiply ``q`` by it.
         neighbours: also see the patch and prefix rows of this many segments before and after, inside the same parent.
         summary: a coarser level; also see the prefix rows of every sibling inside the same segment of that level.
         backend: ``"auto"``, or one of ``hlip_kernels.backends.BACKENDS``; a named one never falls back.
@@ -54,8 +54,9 @@ def attention(
         number of times on ``reference``, once on the others.
 
     Raises:
-        ValueError: wrong shape, dtype, device, stride, level or option, naming the argument. NotImplementedError: the
-            named backend cannot run this; the message lists every backend and its reason.
+        TypeError, ValueError: wrong shape, dtype, device, stride, level or option, naming the argument.
+        NotImplementedError: the named backend cannot run this; the message lists every backend and its reason. Or an input
+            carries a tangent of forward-mode differentiation, which only ``reference`` can follow.
     """
     check_layout(layout, q, "q")
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -70,16 +71,20 @@ def attention(
             raise ValueError(
                 f"q, k and v must share dtype and device: q is {q.dtype} on {q.device}, {name} is {t.dtype} on {t.device}"
             )
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    if q.dtype not in reference.DTYPES:
+        raise ValueError(f"q, k and v must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    scale = q.shape[-1] ** -0.5 if scale is None else check_scale(scale)
+    plain = backend == "reference" and not torch.compiler.is_compiling()
+    if not plain:
+        refuse_tangents("attention", 'only backend="reference", not compiled, can be differentiated forward', q, k, v)
     pattern = layout.pattern(level, neighbours=neighbours, summary=summary)
     if backend != "auto" and not torch.compiler.is_compiling():
         numerics = Numerics(deterministic, allow_tf32)
         choose(Query.of(q, Plan.of(pattern), numerics), backend)  # says no before the graph is built, with the reasons
-    if backend == "reference" and not torch.compiler.is_compiling():
-        out, lse = reference.attention(q, k, v, Plan.of(pattern), float(scale))  # plain autograd, any number of times
+    if plain:
+        out, lse = reference.attention(q, k, v, Plan.of(pattern), scale)  # plain autograd, any number of times
     else:
-        out, lse = torch.ops.hlip.attention(q, k, v, pattern, float(scale), backend, deterministic, allow_tf32)
+        out, lse = torch.ops.hlip.attention(q, k, v, pattern, scale, backend, deterministic, allow_tf32)
     return (out, lse) if return_lse else out
 
 
@@ -88,9 +93,10 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: Tensor, scale: float, backend: str,
     deterministic: bool = True, allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    plan = Plan.of(pattern)
+    check_op_rows(plan.num_rows, q, k, v)
     if q.numel() == 0:
         return _empty_outputs(q)
-    plan = Plan.of(pattern)
     numerics = Numerics(deterministic, allow_tf32)
     return choose(Query.of(q, plan, numerics), backend).forward(q, k, v, plan, scale, numerics)
 
@@ -119,11 +125,13 @@ def _attention_backward(
     deterministic: bool = True,
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.numel() == 0:
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if grad_out.stride(-1) != 1:  # an expanded gradient, from .sum() say
         grad_out = grad_out.contiguous()
     plan = Plan.of(pattern)
+    check_op_rows(plan.num_rows, q, k, v, out, grad_out)
+    check_op_lse(q, lse, grad_lse)
+    if q.numel() == 0:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     numerics = Numerics(deterministic, allow_tf32)
     chosen = choose(Query.of(q, plan, numerics, lse_gradient=grad_lse is not None), backend)
     return chosen.backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from ..backends.base import stats_dtype
 from ..layout import Layout
 
 
@@ -27,3 +32,61 @@ def check_rows(layout: Layout, x: Tensor, name: str, *, ndim: int) -> None:
         # Under torch.compile a size in the message would become a guard, and each new length a new compilation.
         found = "" if torch.compiler.is_compiling() else f" ({x.shape[0]} rows, the layout has {layout.num_rows})"
         raise ValueError(f"{name} does not belong to this layout: their numbers of rows differ{found}")
+
+
+def check_op_rows(num_rows: int, q: Tensor, *others: Tensor) -> None:
+    """What every kernel behind ``hlip::attention`` relies on, for those who call the op itself with a table of their own."""
+    shape, dtype, device = q.shape, q.dtype, q.device
+    ok = len(shape) == 3 and shape[0] == num_rows and (shape[2] == 1 or q.stride()[2] == 1)
+    for t in others:
+        ok = ok and t.shape == shape and t.dtype is dtype and t.device == device and (shape[2] == 1 or t.stride()[2] == 1)
+    if not ok:
+        raise ValueError(
+            f"hlip::attention takes tensors (R, H, D) of one shape, dtype and device, contiguous in the last dimension, with "
+            f"the R = {num_rows} rows of the pattern; got {', '.join(map(_described, (q, *others)))}"
+        )
+
+
+def check_op_lse(q: Tensor, lse: Tensor, grad_lse: Tensor | None) -> None:
+    """That they are like the log-sum-exp that the forward pass returned for ``q``, and its gradient."""
+    for t in (lse,) if grad_lse is None else (lse, grad_lse):
+        if t.shape != (q.shape[1], q.shape[0]) or t.dtype != stats_dtype(q.dtype) or t.device != q.device:
+            raise ValueError(
+                "hlip::attention_backward takes lse and its gradient as the forward pass returns lse: "
+                f"{stats_dtype(q.dtype)} {(q.shape[1], q.shape[0])} on {q.device}, got {_described(t)}"
+            )
+
+
+def _described(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)} with strides {t.stride()} on {t.device}"
+
+
+def check_scale(scale: float) -> float:
+    """``scale`` as a float: a finite number, of Python or numpy."""
+    if type(scale) is not float:  # the usual case costs nothing
+        if isinstance(scale, Tensor):
+            raise TypeError(
+                "scale must be a number, not a tensor, which would get no gradient: multiply q by it and pass scale=1.0"
+            )
+        if not isinstance(scale, Real) or isinstance(scale, bool):
+            raise TypeError(f"scale must be a number, got {scale!r}")
+        try:
+            scale = float(scale)
+        except OverflowError:
+            scale = math.inf
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
+    return scale
+
+
+def refuse_tangents(op: str, instead: str, *tensors: Tensor) -> None:
+    """Says no to forward-mode differentiation, which torch's custom operators answer with zeros."""
+    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in tensors):
+        raise NotImplementedError(f"{op} has no forward-mode derivative (jvp, jacfwd): {instead}")
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    except RuntimeError:  # under vmap torch cannot tell
+        return True

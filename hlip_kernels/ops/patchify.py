@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import native
 from ..backends.base import stats_dtype
+from .checks import refuse_tangents
 
 Shape = tuple[int, int, int]
 
@@ -71,7 +72,8 @@ def patchify(
         ``(T, pd * ph * pw)`` of ``dtype``. Differentiable in floating-point volumes.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was expected.
+        TypeError, ValueError: naming the argument and what was expected. NotImplementedError: the volumes carry a tangent
+            of forward-mode differentiation.
     """
     if isinstance(volumes, Tensor):
         if shapes is None or volumes.ndim != 1:
@@ -84,6 +86,7 @@ def patchify(
         voxels, shapes = _flatten(volumes)
     if voxels.dtype not in (*native.VOXEL_TYPES, torch.float64):
         raise TypeError(f"volumes must be uint8, int16 or floating point, got {voxels.dtype}")
+    refuse_tangents("patchify", "it is linear but for the mean, so apply it with mean=0 to the tangent", voxels)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
     if std <= 0 or (max_value is not None and max_value <= 0):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import native
 from ..backends.base import stats_dtype
 from ..layout import Layout
-from .checks import check_layout, check_rows
+from .checks import check_layout, check_rows, refuse_tangents
 
 
 def segment_mean(x: Tensor, layout: Layout, level: str) -> Tensor:
@@ -23,10 +23,12 @@ def segment_mean(x: Tensor, layout: Layout, level: str) -> Tensor:
         ``(S, C)`` in the dtype of ``x``, summed in float32 (float64 for float64). Empty segments give 0.
 
     Raises:
-        ValueError: wrong shape, dtype, device or level.
+        TypeError, ValueError: wrong shape, dtype, device or level. NotImplementedError: ``x`` carries a tangent of
+            forward-mode differentiation.
     """
     check_layout(layout, x, "x")
     check_rows(layout, x, "x", ndim=2)
+    refuse_tangents("segment_mean", "it is linear, so apply it to the tangent", x)
     chunks, chunk_offsets = layout.chunks(level)
     return torch.ops.hlip.segment_mean(
         x, layout.offsets(level), chunks, chunk_offsets, layout.num_tokens, layout.num_segments(level)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import native
 from ..backends.base import stats_dtype
 from ..layout import Layout
-from .checks import check_layout, check_rows
+from .checks import check_layout, check_rows, refuse_tangents
 
 
 def switch_level(x: Tensor, layout: Layout, old: str, new: str, *, inplace: bool = True) -> Tensor:
@@ -33,7 +33,8 @@ def switch_level(x: Tensor, layout: Layout, old: str, new: str, *, inplace: bool
         ``x`` itself, or the copy: prefix rows of ``new``, then zeros to the end. A parent without children gets 0.
 
     Raises:
-        ValueError: wrong shape, dtype, device, stride or level.
+        TypeError, ValueError: wrong shape, dtype, device, stride or level. NotImplementedError: ``x`` carries a tangent of
+            forward-mode differentiation.
     """
     check_layout(layout, x, "x")
     check_rows(layout, x, "x", ndim=2)
@@ -44,6 +45,7 @@ def switch_level(x: Tensor, layout: Layout, old: str, new: str, *, inplace: bool
         raise ValueError("x must be contiguous: its tail is rewritten in place")
     if low == high:
         return x
+    refuse_tangents("switch_level", "it is linear, so apply it to the tangent", x)
     up = low < high
     child, parent = (old, new) if up else (new, old)
     torch.ops.hlip.switch_level(
