@@ -24,7 +24,8 @@ def check_names(levels: Sequence[str]) -> tuple[str, ...]:
     return levels
 
 
-def _is_int(value) -> bool:
+def is_int(value) -> bool:
+    """An int of Python or numpy; True and False are none."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
 
 
@@ -36,7 +37,7 @@ def grids_to_lengths(grids) -> tuple[list[list[tuple[int, int, int]]], list[list
         lengths.append([])
         for j, grid in enumerate(_sequence(study, f"grids[{i}] (a study)")):
             grid = tuple(_sequence(grid, f"grids[{i}][{j}] (a scan)"))
-            if len(grid) != 3 or not all(_is_int(n) for n in grid) or min(grid) < 0:
+            if len(grid) != 3 or not all(is_int(n) for n in grid) or min(grid) < 0:
                 raise ValueError(f"study {i}, scan {j}: a grid is three ints (d, h, w) >= 0, got {grid!r}")
             d, h, w = (int(n) for n in grid)
             checked[-1].append((d, h, w))
@@ -66,7 +67,7 @@ def children_from_lengths(lengths, depth: int | None) -> tuple[np.ndarray, list[
         following = []
         for path, node in front:
             for i, child in enumerate(_sequence(node, f"lengths{_path(path)}")):
-                if _is_int(child):
+                if is_int(child):
                     raise ValueError(
                         f"lengths{_path((*path, i))} is the number {child}, expected a list: leaves must be nested {depth} deep"
                     )
@@ -75,7 +76,7 @@ def children_from_lengths(lengths, depth: int | None) -> tuple[np.ndarray, list[
         front = following
     for path, node in front:
         for i, value in enumerate(_sequence(node, f"lengths{_path(path)}")):
-            if not _is_int(value):
+            if not is_int(value):
                 raise ValueError(f"lengths{_path((*path, i))} must be an int (a token count), got {value!r}")
             if value < 0:
                 raise ValueError(f"lengths{_path((*path, i))} is {value}: a segment cannot hold fewer than 0 tokens")
@@ -86,7 +87,7 @@ def children_from_lengths(lengths, depth: int | None) -> tuple[np.ndarray, list[
 
 def _depth(node) -> int:
     """Nesting depth of the deepest branch (empty lists count as one level)."""
-    below = [0 if _is_int(child) or not hasattr(child, "__len__") else _depth(child) for child in node]
+    below = [0 if is_int(child) or not hasattr(child, "__len__") else _depth(child) for child in node]
     return 1 + max(below, default=0)
 
 

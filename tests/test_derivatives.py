@@ -47,3 +47,46 @@ def test_forward_mode_on_the_reference_backend():
     got = torch.func.jvp(f, (X,), (tangent,))[1]
     step = 1e-6
     torch.testing.assert_close(got, (f(X + step * tangent) - f(X - step * tangent)) / (2 * step), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_ops_can_be_differentiated_again_and_again(name):
+    f, x = LINEAR[name]
+    x = (x[:, :1] if x is X else x).clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: f(x).sin(), x, fast_mode=True)
+    # Three times: of a linear op, only what is around it counts.
+    cubic = [f(x).pow(4).sum(), f(x).pow(4).sum()]
+    for _ in range(3):
+        cubic[0] = torch.autograd.grad(cubic[0], x, create_graph=True)[0].sum()
+    step = f(torch.ones_like(x)) - f(torch.zeros_like(x))
+    torch.testing.assert_close(cubic[0], (24 * f(x) * step**3).sum())
+
+
+def test_a_gradient_penalty_through_the_ops():
+    """The norm of a gradient, as in R1 regularisation, is minimised through the ops that are around attention."""
+    x = X.clone().requires_grad_()
+    y = switch_level(x.sin(), LAYOUT, "slice", "scan")
+    y = segment_mean(y, LAYOUT, "study").square().sum() + y.square().sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    grad.square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("old, new", [("slice", "study"), ("study", "scan")])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_switch_level_under_vmap(old, new, dim):
+    run = lambda x: switch_level(x, LAYOUT, old, new, inplace=False)  # noqa: E731
+    separate = [torch.randn(LAYOUT.num_rows, 4, requires_grad=True) for _ in range(3)]
+    expected = torch.stack([run(x) for x in separate], dim)
+    batch = torch.stack(separate, dim).detach().requires_grad_()
+    got = torch.func.vmap(run, in_dims=dim, out_dims=dim)(batch)
+    assert torch.equal(got, expected)
+    grads = torch.stack(torch.autograd.grad(expected.square().sum(), separate), dim)
+    torch.testing.assert_close(torch.autograd.grad(got.square().sum(), batch)[0], grads)
+
+
+def test_switch_level_in_place_under_vmap():
+    batch = torch.randn(3, LAYOUT.num_rows, 4)
+    expected = torch.stack([switch_level(x, LAYOUT, "slice", "scan", inplace=False) for x in batch])
+    torch.func.vmap(lambda x: switch_level(x, LAYOUT, "slice", "scan"))(batch)
+    assert torch.equal(batch, expected)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from attention_truth import LEVELS, PREFIXES, RAGGED, make, ragged_lengths, segments
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from hlip_kernels import Layout, attention, native, patch_grids, patchify, segment_mean, switch_level
@@ -204,6 +205,28 @@ def test_patchify_on_ragged_volumes(edge, stored, shapes, patch, seed):
     assert torch.equal(patchify(volumes, patch, keep=keep, **options), got[keep])
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_patchify_compiles_once_for_volumes_of_any_size(flat):
+    torch._dynamo.reset()
+
+    def run(volumes):
+        if not flat:
+            return patchify(volumes, (2, 2, 2), mean=0.4)
+        voxels = torch.cat([volume.flatten() for volume in volumes])
+        return patchify(voxels, (2, 2, 2), shapes=[volume.shape for volume in volumes], edge="crop")
+
+    counter, once = CompileCounterWithBackend("aot_eager"), None
+    compiled = torch.compile(run, backend=counter, fullgraph=True, dynamic=True)
+    for i in range(3, 8):  # from sizes that all differ: torch takes equal ones for one size, until they are not
+        volumes = [torch.randn(shape, requires_grad=True) for shape in ((2 * i, 5 + 2 * i, 6 + 2 * i), (4, 2 * i + 3, 7))]
+        expected, got = run(volumes), compiled(volumes)
+        assert torch.equal(got, expected)
+        for a, b in zip(*(torch.autograd.grad(rows.square().sum(), volumes) for rows in (expected, got)), strict=True):
+            torch.testing.assert_close(a, b)
+        once = once or counter.frame_count
+        assert counter.frame_count == once, f"compiled again for i = {i}"
+
+
 def test_patchify_is_a_strided_convolution():
     conv = torch.nn.Conv3d(1, 6, (2, 3, 4), stride=(2, 3, 4))
     volume = torch.randn(5, 9, 10)
@@ -235,6 +258,20 @@ def test_patchify_gradient(edge, kept):
         (lambda: patchify([torch.zeros(1, 1, 1)], (1, 0, 1)), ["patch", "(1, 0, 1)"]),
         (lambda: patchify([torch.zeros(1, 1, 1)], (1, 1, 1), edge="wrap"), ["edge", "wrap"]),
         (lambda: patchify([torch.zeros(1, 1, 1)], (1, 1, 1), std=0), ["std"]),
+        (lambda: patchify([torch.zeros(1, 1, 1)], (1, 1, 1), std=float("nan")), ["std", "nan"]),
+        (lambda: patchify([torch.zeros(1, 1, 1)], (1, 1, 1), max_value=float("nan")), ["max_value", "nan"]),
+        (lambda: patchify([torch.zeros(1, 1, 1)], (1, 1, 1), mean=[0.5]), ["mean", "[0.5]"]),
+        (lambda: patchify([torch.zeros(1, 1, 1)], 2), ["patch", "(pd, ph, pw)", "2"]),
+        (lambda: patchify([torch.zeros(1, 1, 1)], (1, 1, 1), shapes=[(1, 1, 1)]), ["shapes", "list"]),
+        (lambda: patchify([torch.zeros(1, 1, 1)], (1, 1, 1), keep=[0, 1]), ["keep", "list"]),
+        (lambda: patchify([torch.zeros(1, 1, 1)], (1, 1, 1), dtype="float32"), ["dtype", "float32"]),
+        (lambda: patchify(3, (1, 1, 1)), ["volumes", "int"]),
+        (lambda: patchify(torch.zeros(8), (1, 1, 1), shapes=8), ["shapes", "8"]),
+        (lambda: patchify(torch.zeros(8), (1, 1, 1), shapes=[8]), ["volume 0", "(D, H, W)", "8"]),
+        (lambda: patchify(torch.zeros(0), (1, 1, 1), shapes=[(0, 10**30, 1)]), ["volume 0", str(10**30)]),
+        (lambda: patch_grids([(4, 4, 4)], (2.0, 2.0, 2.0)), ["patch", "2.0"]),
+        (lambda: patch_grids([(4, 4, 4), (4, 4.0, 4)], (2, 2, 2)), ["volume 1", "4.0"]),
+        (lambda: patch_grids([(4, 4, 4)], "222"), ["patch", "222"]),
         (lambda: patchify([torch.zeros(1, 1, 1)], (1, 1, 1), dtype=torch.int8), ["dtype", "int8"]),
         (lambda: patchify(torch.zeros(8), (1, 1, 1)), ["shapes"]),
         (lambda: patchify(torch.zeros(8), (1, 1, 1), shapes=[(2, 2, 3)]), ["12", "8"]),
@@ -263,12 +300,11 @@ def op_samples():
     x = torch.randn(R, 3, requires_grad=True)
     chunks, chunk_offsets = layout.chunks("scan")
     voxels = torch.randn(40, requires_grad=True)
-    scans = _scan_table([(2, 4, 5)], [(1, 2, 3)])
     return {
         "attention": (*qkv.unbind(1), layout.pattern("scan"), 0.5, "sdpa"),
         "segment_mean": (x, layout.offsets("scan"), chunks, chunk_offsets, layout.num_tokens, layout.num_segments("scan")),
         "switch_level": (x * 1, layout.children("slice", "scan"), layout.parents("slice", "scan"), layout.num_tokens, 2, True),
-        "patchify": (voxels, scans, None, 6, [2, 2, 2], 0.5, 0.1, torch.float32),
+        "patchify": (voxels, [2, 4, 5], None, 6, [2, 2, 2], "pad", 0.5, 0.1, torch.float32),
     }
 
 

@@ -63,20 +63,23 @@ def _described(t: Tensor) -> str:
 
 def check_scale(scale: float) -> float:
     """``scale`` as a float: a finite number, of Python or numpy."""
-    if type(scale) is not float:  # the usual case costs nothing
-        if isinstance(scale, Tensor):
-            raise TypeError(
-                "scale must be a number, not a tensor, which would get no gradient: multiply q by it and pass scale=1.0"
-            )
-        if not isinstance(scale, Real) or isinstance(scale, bool):
-            raise TypeError(f"scale must be a number, got {scale!r}")
+    if type(scale) is not float and isinstance(scale, Tensor):
+        raise TypeError("scale must be a number, a tensor would get no gradient: multiply q by it and pass scale=1.0")
+    return check_number(scale, "scale")
+
+
+def check_number(value: float, name: str) -> float:
+    """A finite number, of Python or numpy, as a float."""
+    if type(value) is not float:  # the usual case costs nothing
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number, got {value!r}")
         try:
-            scale = float(scale)
+            value = float(value)
         except OverflowError:
-            scale = math.inf
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
-    return scale
+            value = math.inf
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
 
 
 def refuse_tangents(op: str, instead: str, *tensors: Tensor) -> None:

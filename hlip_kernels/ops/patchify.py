@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import native
 from ..backends.base import stats_dtype
-from .checks import refuse_tangents
+from ..layout_input import is_int
+from .checks import check_number, refuse_tangents
 
 Shape = tuple[int, int, int]
 
@@ -25,18 +26,28 @@ def patch_grids(shapes: Sequence[Shape], patch: Shape, *, edge: str = "pad") -> 
             whole patch are left out, as a strided convolution does).
 
     Raises:
-        ValueError: a patch or volume size that is not three positive ints, or an unknown ``edge``.
+        TypeError, ValueError: a patch or volume size that is not three positive ints, or an unknown ``edge``.
     """
     if edge not in ("pad", "crop"):
         raise ValueError(f"edge must be 'pad' or 'crop', got {edge!r}")
-    if len(patch) != 3 or any(int(p) != p or p < 1 for p in patch):
-        raise ValueError(f"patch must be three positive ints (pd, ph, pw), got {tuple(patch)!r}")
+    pd, ph, pw = _three_ints(patch, 1, "patch must be three positive ints (pd, ph, pw)")
+    if not isinstance(shapes, (Sequence, np.ndarray)):
+        raise TypeError(f"shapes must be a list of (D, H, W), got {shapes!r}")
     grids = []
     for i, shape in enumerate(shapes):
-        if len(shape) != 3 or any(int(n) != n or n < 0 for n in shape):
-            raise ValueError(f"volume {i}: a shape is three ints (D, H, W) >= 0, got {tuple(shape)!r}")
-        grids.append(tuple(-(-int(n) // p) if edge == "pad" else int(n) // p for n, p in zip(shape, patch, strict=True)))
+        d, h, w = _three_ints(shape, 0, f"volume {i}: a shape is three ints (D, H, W) >= 0")
+        if edge == "pad":
+            d, h, w = d + pd - 1, h + ph - 1, w + pw - 1
+        grids.append((d // pd, h // ph, w // pw))
     return grids
+
+
+def _three_ints(values: Shape, least: int, rule: str) -> Shape:
+    if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str):
+        raise TypeError(f"{rule}, got {values!r}")
+    if len(values) != 3 or not all(is_int(n) and least <= n < 2**31 for n in values):
+        raise ValueError(f"{rule}, got {tuple(values)!r}")
+    return tuple(int(n) for n in values)
 
 
 def patchify(
@@ -83,21 +94,28 @@ def patchify(
             )
         voxels = volumes.contiguous()
     else:
+        if shapes is not None:
+            raise ValueError("shapes belongs to a flat tensor of all voxels: the volumes of a list have their own")
         voxels, shapes = _flatten(volumes)
     if voxels.dtype not in (*native.VOXEL_TYPES, torch.float64):
         raise TypeError(f"volumes must be uint8, int16 or floating point, got {voxels.dtype}")
     refuse_tangents("patchify", "it is linear but for the mean, so apply it with mean=0 to the tangent", voxels)
-    if not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
-    if std <= 0 or (max_value is not None and max_value <= 0):
+    if max_value is None:
+        max_value = 255.0 if voxels.dtype == torch.uint8 else 1.0
+    mean, std, max_value = check_number(mean, "mean"), check_number(std, "std"), check_number(max_value, "max_value")
+    if std <= 0 or max_value <= 0:
         raise ValueError(f"std and max_value must be positive, got std={std}, max_value={max_value}")
     grids = patch_grids(shapes, patch, edge=edge)
-    table = _scan_table(shapes, grids)
-    total = sum(d * h * w for d, h, w in shapes)
+    sizes = [int(n) for shape in shapes for n in shape]
+    total = sum(d * h * w for d, h, w in zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
     if total != voxels.numel():
         raise ValueError(f"shapes hold {total} voxels in all, volumes holds {voxels.numel()}")
     num_patches = sum(d * h * w for d, h, w in grids)
     if keep is not None:
+        if not isinstance(keep, Tensor):
+            raise TypeError(f"keep must be a tensor of int32 or int64 (T_kept,), got {type(keep).__name__}")
         if keep.ndim != 1 or keep.dtype not in (torch.int32, torch.int64) or keep.device != voxels.device:
             raise ValueError(
                 f"keep must be int32 or int64 (T_kept,) on {voxels.device}, "
@@ -105,12 +123,13 @@ def patchify(
             )
         keep = keep.int()
         num_patches = len(keep)
-    if max_value is None:
-        max_value = 255.0 if voxels.dtype == torch.uint8 else 1.0
-    return torch.ops.hlip.patchify(voxels, table, keep, num_patches, list(patch), 1.0 / (max_value * std), -mean / std, dtype)
+    scale, shift = 1.0 / (max_value * std), -mean / std
+    return torch.ops.hlip.patchify(voxels, sizes, keep, num_patches, [int(p) for p in patch], edge, scale, shift, dtype)
 
 
 def _flatten(volumes: Sequence[Tensor]) -> tuple[Tensor, list[Shape]]:
+    if not isinstance(volumes, Iterable):
+        raise TypeError(f"volumes must be a list of (D, H, W) tensors, got {type(volumes).__name__}")
     volumes = list(volumes)
     if not volumes:
         raise ValueError("volumes is empty: pass at least one (D, H, W) tensor, or a flat tensor with shapes=[]")
@@ -126,6 +145,13 @@ def _flatten(volumes: Sequence[Tensor]) -> tuple[Tensor, list[Shape]]:
     return (flat[0] if len(flat) == 1 else torch.cat(flat)), [tuple(volume.shape) for volume in volumes]
 
 
+def _scans(sizes: list[int], patch: list[int], edge: str) -> Tensor:
+    """The scan table of volumes of ``sizes`` (D, H, W one after the other)."""
+    shapes = np.array(sizes, dtype=np.int64).reshape(-1, 3)
+    whole = shapes + np.array(patch) - 1 if edge == "pad" else shapes
+    return _scan_table(shapes, whole // patch)
+
+
 def _scan_table(shapes: Sequence[Shape], grids: Sequence[Shape]) -> Tensor:
     """int64 CPU ``(num_scans, 8)``: first voxel, D, H, W, grid d, h, w, first patch."""
     table = np.zeros((len(shapes), 8), dtype=np.int64)
@@ -139,9 +165,11 @@ def _scan_table(shapes: Sequence[Shape], grids: Sequence[Shape]) -> Tensor:
 
 @torch.library.custom_op("hlip::patchify", mutates_args=())
 def _patchify(
-    voxels: Tensor, scans: Tensor, keep: Tensor | None, num_patches: int, patch: list[int],
+    voxels: Tensor, sizes: list[int], keep: Tensor | None, num_patches: int, patch: list[int], edge: str,
     scale: float, shift: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    # The table is made here: built outside, torch.compile would tie its numbers, the sizes of the volumes, to the graph.
+    scans = _scans(sizes, patch, edge)
     if num_patches and native.usable(voxels, native.VOXEL_TYPES) and dtype in native.FLOAT_TYPES:
         table = _live(scans).to(voxels.device, non_blocking=True)
         return native.patchify(voxels, table, keep, num_patches, tuple(patch), scale, shift, dtype)
@@ -149,14 +177,16 @@ def _patchify(
 
 
 @_patchify.register_fake
-def _(voxels, scans, keep, num_patches, patch, scale, shift, dtype):
+def _(voxels, sizes, keep, num_patches, patch, edge, scale, shift, dtype):
     return voxels.new_empty((num_patches, patch[0] * patch[1] * patch[2]), dtype=dtype)
 
 
 @torch.library.custom_op("hlip::patchify_backward", mutates_args=())
 def _patchify_backward(
-    grad: Tensor, scans: Tensor, keep: Tensor | None, num_voxels: int, patch: list[int], scale: float, dtype: torch.dtype
-) -> Tensor:
+    grad: Tensor, sizes: list[int], keep: Tensor | None, num_voxels: int, patch: list[int], edge: str,
+    scale: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    scans = _scans(sizes, patch, edge)
     if len(grad) and native.usable(grad) and dtype in native.FLOAT_TYPES:
         table = _live(scans).to(grad.device, non_blocking=True)
         return native.patchify_backward(grad.contiguous(), table, keep, num_voxels, tuple(patch), scale, dtype)
@@ -164,7 +194,7 @@ def _patchify_backward(
 
 
 @_patchify_backward.register_fake
-def _(grad, scans, keep, num_voxels, patch, scale, dtype):
+def _(grad, sizes, keep, num_voxels, patch, edge, scale, dtype):
     return grad.new_empty((num_voxels,), dtype=dtype)
 
 
@@ -214,17 +244,34 @@ def torch_patchify_backward(
 
 
 def _setup(ctx, inputs, output):
-    voxels, scans, keep, _, ctx.patch, ctx.scale, _, _ = inputs
+    voxels, ctx.sizes, keep, _, ctx.patch, ctx.edge, ctx.scale, _, _ = inputs
     ctx.num_voxels, ctx.dtype = voxels.shape[0], voxels.dtype
-    ctx.save_for_backward(scans, keep)
+    ctx.save_for_backward(keep)
 
 
 def _backward(ctx, grad):
-    scans, keep = ctx.saved_tensors
     grad_voxels = None
     if ctx.needs_input_grad[0]:
-        grad_voxels = torch.ops.hlip.patchify_backward(grad, scans, keep, ctx.num_voxels, ctx.patch, ctx.scale, ctx.dtype)
-    return grad_voxels, None, None, None, None, None, None, None
+        (keep,) = ctx.saved_tensors
+        grad_voxels = torch.ops.hlip.patchify_backward(
+            grad, ctx.sizes, keep, ctx.num_voxels, ctx.patch, ctx.edge, ctx.scale, ctx.dtype
+        )
+    return grad_voxels, *(None,) * 8
+
+
+def _setup_backward(ctx, inputs, output):
+    grad, ctx.sizes, keep, _, ctx.patch, ctx.edge, ctx.scale, _ = inputs
+    ctx.num_patches, ctx.dtype = grad.shape[0], grad.dtype
+    ctx.save_for_backward(keep)
+
+
+def _backward_of_backward(ctx, grad_voxels):  # but for the shift, the op is linear: the transpose of its transpose is itself
+    (keep,) = ctx.saved_tensors
+    grad = torch.ops.hlip.patchify(
+        grad_voxels, ctx.sizes, keep, ctx.num_patches, ctx.patch, ctx.edge, ctx.scale, 0.0, ctx.dtype
+    )
+    return grad, *(None,) * 7
 
 
 _patchify.register_autograd(_backward, setup_context=_setup)
+_patchify_backward.register_autograd(_backward_of_backward, setup_context=_setup_backward)

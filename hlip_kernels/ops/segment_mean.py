@@ -50,14 +50,16 @@ def _(x, offsets, chunks, chunk_offsets, num_tokens, num_segments):
 
 
 @torch.library.custom_op("hlip::segment_mean_backward", mutates_args=())
-def _segment_mean_backward(grad_out: Tensor, offsets: Tensor, chunks: Tensor, num_tokens: int, num_rows: int) -> Tensor:
+def _segment_mean_backward(
+    grad_out: Tensor, offsets: Tensor, chunks: Tensor, chunk_offsets: Tensor, num_tokens: int, num_rows: int
+) -> Tensor:
     if native.usable(grad_out):
         return native.segment_mean_backward(grad_out.contiguous(), offsets, chunks, num_tokens, num_rows)
     return torch_segment_mean_backward(grad_out, offsets, num_tokens, num_rows)
 
 
 @_segment_mean_backward.register_fake
-def _(grad_out, offsets, chunks, num_tokens, num_rows):
+def _(grad_out, offsets, chunks, chunk_offsets, num_tokens, num_rows):
     return grad_out.new_empty((num_rows, grad_out.shape[1]))
 
 
@@ -84,15 +86,26 @@ def torch_segment_mean_backward(grad_out: Tensor, offsets: Tensor, num_tokens: i
 
 
 def _setup(ctx, inputs, output):
-    x, offsets, chunks, _, ctx.num_tokens, _ = inputs
+    x, *tables, ctx.num_tokens, _ = inputs
     ctx.num_rows = x.shape[0]
-    ctx.save_for_backward(offsets, chunks)
+    ctx.save_for_backward(*tables)
 
 
 def _backward(ctx, grad_out):
-    offsets, chunks = ctx.saved_tensors
-    grad_x = torch.ops.hlip.segment_mean_backward(grad_out, offsets, chunks, ctx.num_tokens, ctx.num_rows)
+    grad_x = torch.ops.hlip.segment_mean_backward(grad_out, *ctx.saved_tensors, ctx.num_tokens, ctx.num_rows)
     return grad_x, None, None, None, None, None
 
 
+def _setup_backward(ctx, inputs, output):
+    grad_out, *tables, ctx.num_tokens, _ = inputs
+    ctx.num_segments = grad_out.shape[0]
+    ctx.save_for_backward(*tables)
+
+
+def _backward_of_backward(ctx, grad_x):  # the op is linear: the transpose of its transpose is itself
+    grad_out = torch.ops.hlip.segment_mean(grad_x, *ctx.saved_tensors, ctx.num_tokens, ctx.num_segments)
+    return grad_out, None, None, None, None, None
+
+
 _segment_mean.register_autograd(_backward, setup_context=_setup)
+_segment_mean_backward.register_autograd(_backward_of_backward, setup_context=_setup_backward)

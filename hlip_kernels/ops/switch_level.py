@@ -84,6 +84,20 @@ def _(grad, children, parents, num_tokens, num_prefix, up):
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
+def _setup_backward(ctx, inputs, output):
+    _, children, parents, *ctx.sizes = inputs
+    ctx.save_for_backward(children, parents)
+
+
+def _backward_of_backward(ctx, grad_x):  # the op is linear: the transpose of its transpose is itself
+    grad = grad_x.clone(memory_format=torch.contiguous_format)
+    torch.ops.hlip.switch_level(grad, *ctx.saved_tensors, *ctx.sizes)
+    return grad, None, None, None, None, None
+
+
+_switch_level_backward.register_autograd(_backward_of_backward, setup_context=_setup_backward)
+
+
 def _tail(source: Tensor, children: Tensor, parents: Tensor, num_prefix: int, up: bool, divide: bool) -> Tensor:
     if native.usable(source):
         return native.switch_tail(source, children, parents, num_prefix, up, divide)
@@ -114,6 +128,17 @@ def torch_switch_tail(source: Tensor, children: Tensor, parents: Tensor, num_pre
             rows = rows / counts
         result[:live_children] = rows.index_select(0, parents).view(live_children, channels)
     return result
+
+
+@_switch_level.register_vmap
+def _(info, in_dims, x, *rest):  # a batch of buffers is one of as many channels
+    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+        raise ValueError("under vmap, switch_level takes a batch of x with one layout")
+    rows = x.movedim(in_dims[0], 1)
+    buffer = rows.flatten(1)
+    torch.ops.hlip.switch_level(buffer, *rest)
+    rows.copy_(buffer.view(rows.shape))
+    return None, None
 
 
 class _SwitchLevel(torch.autograd.Function):
