@@ -21,15 +21,16 @@ import torch
 
 from .compiling import any_length
 from .layout_input import (
+    check_count,
     check_names,
+    check_rows_fit,
+    children_from_grids,
     children_from_lengths,
     children_from_offsets,
-    grids_to_lengths,
 )
 from .layout_tables import host_tables
 from .pattern import Plan, pattern_table
 
-_INT32_MAX = 2**31 - 1
 MEDICAL_LEVELS = ("slice", "scan", "study")
 
 
@@ -68,13 +69,9 @@ class Layout:
             grids: token grids, kept for position embeddings.
             patterns: ``(level, neighbours, summary)`` of patterns to build besides those of the levels.
         """
-        if not isinstance(num_prefix, (int, np.integer)) or isinstance(num_prefix, bool) or num_prefix < 0:
-            raise ValueError(f"num_prefix must be an int >= 0, got {num_prefix!r}")
-        if not isinstance(row_multiple, (int, np.integer)) or isinstance(row_multiple, bool) or row_multiple < 1:
-            raise ValueError(f"row_multiple must be an int >= 1, got {row_multiple!r}")
         self.levels = check_names(levels)
-        self.num_prefix = int(num_prefix)
-        self.row_multiple = int(row_multiple)
+        self.num_prefix = check_count(num_prefix, "num_prefix", 0)
+        self.row_multiple = check_count(row_multiple, "row_multiple", 1)
         self.grids = None if grids is None else tuple(tuple(tuple(g) for g in study) for study in grids)
 
         self._token_offsets = np.ascontiguousarray(token_offsets, dtype=np.int64)
@@ -91,10 +88,7 @@ class Layout:
         self._max_len = tuple(int(np.diff(o).max(initial=0)) for o in host)
         rows = self.num_tokens + self.num_prefix * max(self._num_segments)
         self.num_rows = -(-rows // self.row_multiple) * self.row_multiple
-        if self.num_rows > _INT32_MAX:
-            raise ValueError(
-                f"the layout needs {self.num_rows} rows, more than int32 row indices can name ({_INT32_MAX}); split the batch"
-            )
+        check_rows_fit(self.num_rows)
 
         self._patterns = {}
         for key in (*((level, 0, None) for level in self.levels), *patterns):
@@ -125,8 +119,7 @@ class Layout:
         Raises:
             ValueError: a grid that is not three ints >= 0; the message names its study and scan.
         """
-        grids, lengths = grids_to_lengths(grids)
-        token_offsets, child_offsets = children_from_lengths(lengths, 3)
+        grids, token_offsets, child_offsets = children_from_grids(grids)
         return cls(levels, token_offsets, child_offsets, num_prefix=num_prefix, row_multiple=row_multiple, grids=grids)
 
     @classmethod
@@ -143,7 +136,7 @@ class Layout:
         ``[[[196, 180], [196]], [[64]]]`` is two studies: one of two scans (two slices and one), one of a single slice.
 
         Args:
-            lengths: nested lists, every leaf (an int >= 0) at the same depth.
+            lengths: nested lists, every leaf (an int >= 0) at the same depth. Arrays and CPU tensors are lists too.
             num_prefix: prefix rows ``P`` of each segment.
             row_multiple: round the number of rows up to a multiple of this.
             levels: names, finest first; as many as the lists are deep. Default: ``("segment",)``,

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+INT32_MAX = 2**31 - 1
+MAX_SLICES = 2**24  # of token grids: their tables would fill gigabytes
+
 
 def check_names(levels: Sequence[str]) -> tuple[str, ...]:
     """Level names as a tuple; at least one, all distinct, non-empty strings."""
@@ -29,23 +32,49 @@ def is_int(value) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
 
 
-def grids_to_lengths(grids) -> tuple[list[list[tuple[int, int, int]]], list[list[list[int]]]]:
-    """``[[(d, h, w), ...], ...]`` checked, and as nested patch counts: study -> scan -> one entry ``h*w`` per slice."""
-    checked, lengths = [], []
+def check_count(value: int, name: str, least: int) -> int:
+    """An int in ``[least, 2**31)``, as row counts are."""
+    if not is_int(value) or not least <= value <= INT32_MAX:
+        raise ValueError(f"{name} must be an int >= {least} (and fit int32), got {value!r}")
+    return int(value)
+
+
+def check_rows_fit(rows: int) -> None:
+    if rows > INT32_MAX:
+        raise ValueError(f"the layout needs {rows} rows, more than int32 row indices can name ({INT32_MAX}); split the batch")
+
+
+def children_from_grids(grids) -> tuple[list[list[tuple[int, int, int]]], np.ndarray, list[np.ndarray]]:
+    """``[[(d, h, w), ...], ...]`` -> (the same checked, token offsets of slices, child offsets of scans and of studies)."""
+    checked, depths, areas = [], [], []
     for i, study in enumerate(_sequence(grids, "grids")):
         checked.append([])
-        lengths.append([])
         for j, grid in enumerate(_sequence(study, f"grids[{i}] (a study)")):
             grid = tuple(_sequence(grid, f"grids[{i}][{j}] (a scan)"))
             if len(grid) != 3 or not all(is_int(n) for n in grid) or min(grid) < 0:
                 raise ValueError(f"study {i}, scan {j}: a grid is three ints (d, h, w) >= 0, got {grid!r}")
             d, h, w = (int(n) for n in grid)
             checked[-1].append((d, h, w))
-            lengths[-1].append([h * w] * d)
-    return checked, lengths
+            depths.append(d)
+            areas.append(h * w if d else 0)
+    check_rows_fit(sum(d * area for d, area in zip(depths, areas, strict=True)))
+    if sum(depths) > MAX_SLICES:  # of no patches, say, which no other limit would stop
+        raise ValueError(f"grids hold {sum(depths)} slices in all, more than {MAX_SLICES}; split the batch")
+    slices = np.repeat(np.array(areas, dtype=np.int64), depths)
+    return checked, _cumulative(slices), [_cumulative(depths), _cumulative([len(study) for study in checked])]
+
+
+def _cumulative(counts) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))]).astype(np.int64)
 
 
 def _sequence(value, what: str):
+    if type(value) is list or type(value) is tuple:  # the usual cases cost nothing
+        return value
+    if isinstance(value, torch.Tensor):
+        if value.device.type != "cpu":
+            raise ValueError(f"{what} is on {value.device}: pass it from the CPU, reading it back would make the host wait")
+        value = value.tolist()  # of no dimensions: a number, which is no sequence
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
         raise ValueError(f"{what} must be a sequence, got {value!r}")
     return value
@@ -81,12 +110,15 @@ def children_from_lengths(lengths, depth: int | None) -> tuple[np.ndarray, list[
             if value < 0:
                 raise ValueError(f"lengths{_path((*path, i))} is {value}: a segment cannot hold fewer than 0 tokens")
             counts[0].append(int(value))
-    offsets = [np.concatenate([[0], np.cumsum(np.asarray(c, dtype=np.int64))]) for c in counts]
-    return offsets[0].astype(np.int64), [o.astype(np.int64) for o in offsets[1:]]
+    check_rows_fit(sum(counts[0]))
+    offsets = [_cumulative(c) for c in counts]
+    return offsets[0], offsets[1:]
 
 
 def _depth(node) -> int:
     """Nesting depth of the deepest branch (empty lists count as one level)."""
+    if isinstance(node, torch.Tensor):
+        return node.ndim
     below = [0 if is_int(child) or not hasattr(child, "__len__") else _depth(child) for child in node]
     return 1 + max(below, default=0)
 
@@ -141,8 +173,8 @@ def _offset_array(name: str, values) -> np.ndarray:
     array = array.astype(np.int64)
     if array[0] != 0:
         raise ValueError(f"offsets[{name!r}] must start at 0, got {int(array[0])}")
-    lengths = np.diff(array)
-    if (lengths < 0).any():
-        s = int(np.argmax(lengths < 0))
+    decreasing = array[1:] < array[:-1]
+    if decreasing.any():
+        s = int(np.argmax(decreasing))
         raise ValueError(f"offsets[{name!r}] decreases at segment {s}: from {int(array[s])} to {int(array[s + 1])}")
     return array

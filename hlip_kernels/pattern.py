@@ -33,6 +33,7 @@ import torch
 
 from .compiling import any_length
 from .kept import from_array, keep, to_device
+from .layout_input import is_int
 
 if TYPE_CHECKING:
     from .layout import Layout
@@ -48,7 +49,7 @@ def pattern_table(layout: Layout, level: str, neighbours: int, summary: str | No
             not coarser than ``level``, or used without prefix rows.
     """
     index = layout.index(level)
-    if not isinstance(neighbours, (int, np.integer)) or isinstance(neighbours, bool) or neighbours < 0:
+    if not is_int(neighbours) or neighbours < 0:
         raise ValueError(f"neighbours must be an int >= 0, got {neighbours!r}")
     num = layout.num_segments(level)
     own = np.arange(num)
@@ -59,6 +60,7 @@ def pattern_table(layout: Layout, level: str, neighbours: int, summary: str | No
                 f"neighbours={neighbours} needs a level above {level!r} whose segments the neighbours share; "
                 f"{level!r} is the coarsest of {layout.levels}"
             )
+        neighbours = min(neighbours, num)
         lo, hi = _siblings(layout, level, layout.levels[index + 1])
         first, last = np.maximum(own - neighbours, lo), np.minimum(own + neighbours + 1, hi)
     summary_first, summary_last = first, last  # the segments whose prefixes are seen

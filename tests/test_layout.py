@@ -120,6 +120,27 @@ def test_the_three_constructors_agree():
             assert layout.host_offsets(level).tolist() == offsets[level]
 
 
+def test_arrays_and_tensors_are_lists():
+    flat, nested = Layout.from_lengths([3, 4]), Layout.from_lengths([[3, 4], [5]])
+    for lengths in (torch.tensor([3, 4]), np.array([3, 4]), torch.tensor([3, 4], dtype=torch.uint8)):
+        assert Layout.from_lengths(lengths).host_offsets("segment").tolist() == flat.host_offsets("segment").tolist()
+    for lengths in ([torch.tensor([3, 4]), [5]], (np.array([3, 4]), torch.tensor([5]))):
+        got = Layout.from_lengths(lengths)
+        assert got.levels == nested.levels and got.parents("scan", "study").tolist() == [0, 0, 1]
+    assert Layout.from_lengths(torch.ones(2, 3, 4, dtype=torch.int64)).num_segments("scan") == 6
+    assert Layout.from_grids([torch.tensor([[2, 3, 4]])]).grids == (((2, 3, 4),),)
+
+
+def test_a_scan_without_depth_may_be_of_any_other_size():
+    assert Layout.from_grids([[(0, 10**20, 10**20), (2, 1, 1)]]).host_offsets("scan").tolist() == [0, 0, 2]
+
+
+def test_as_many_neighbours_as_there_are():
+    layout = make(RAGGED, 1)
+    every = layout.dense_mask("slice", neighbours=layout.num_segments("slice"))
+    assert torch.equal(layout.dense_mask("slice", neighbours=2**63), every)
+
+
 def test_any_named_levels():
     layout = Layout.from_offsets(
         {"word": [0, 2, 3, 7], "page": torch.tensor([0, 3, 7]), "book": np.array([0, 7])}, num_prefix=1
@@ -161,7 +182,20 @@ def test_any_named_levels():
         (lambda: Layout.from_lengths([3], num_prefix=-1), ["num_prefix", "-1"]),
         (lambda: Layout.from_lengths([3], num_prefix=True), ["num_prefix"]),
         (lambda: Layout.from_lengths([3], row_multiple=0), ["row_multiple"]),
+        (lambda: Layout.from_lengths([3], num_prefix=10**30), ["num_prefix", str(10**30)]),
+        (lambda: Layout.from_lengths([], num_prefix=10**30), ["num_prefix", str(10**30)]),
+        (lambda: Layout.from_lengths([], row_multiple=10**30), ["row_multiple", str(10**30)]),
         (lambda: Layout.from_lengths([2**31]), [str(2**31), "int32"]),
+        (lambda: Layout.from_lengths([2**62] * 3), [str(3 * 2**62), "int32"]),
+        (lambda: Layout.from_lengths([[10**30, 1]]), [str(10**30 + 1), "int32"]),
+        (lambda: Layout.from_lengths(torch.tensor(3)), ["lengths", "sequence", "3"]),
+        (lambda: Layout.from_lengths([torch.tensor(3)]), ["lengths[0]", "tensor(3)"]),
+        (lambda: Layout.from_lengths(torch.tensor([3.0])), ["lengths[0]", "3.0"]),
+        (lambda: Layout.from_lengths(torch.empty(2, device="meta")), ["lengths", "meta", "CPU"]),
+        (lambda: Layout.from_lengths([torch.empty(2, device="meta")]), ["lengths[0]", "meta", "CPU"]),
+        (lambda: Layout.from_offsets({"scan": [0, 2**63 - 1, -(2**63)]}), ["segment 1", str(2**63 - 1)]),
+        (lambda: Layout.from_grids([[(10**30, 1, 1)]]), [str(10**30), "int32"]),
+        (lambda: Layout.from_grids([[(30_000_000, 0, 5)]]), ["30000000 slices"]),
     ],
 )
 def test_bad_input_names_the_place(make_it, words):
