@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 INT32_MAX = 2**31 - 1
-MAX_SLICES = 2**24  # of token grids: their tables would fill gigabytes
+MAX_SLICES = 2**21  # of token grids; more would take long and fill gigabytes with tables
 
 
 def check_names(levels: Sequence[str]) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ def children_from_grids(grids) -> tuple[list[list[tuple[int, int, int]]], np.nda
             depths.append(d)
             areas.append(h * w if d else 0)
     check_rows_fit(sum(d * area for d, area in zip(depths, areas, strict=True)))
-    if sum(depths) > MAX_SLICES:  # of no patches, say, which no other limit would stop
+    if sum(depths) > MAX_SLICES:  # slices without patches, say, which no limit on rows stops
         raise ValueError(f"grids hold {sum(depths)} slices in all, more than {MAX_SLICES}; split the batch")
     slices = np.repeat(np.array(areas, dtype=np.int64), depths)
     return checked, _cumulative(slices), [_cumulative(depths), _cumulative([len(study) for study in checked])]

@@ -36,7 +36,8 @@ def attention(
         q, k, v: ``(R, H, D)``, same shape, dtype and device, ``R = layout.num_rows``. Any strides with a contiguous last
             dimension: views of one packed ``(R, 3, H, D)`` projection are used where they are. float16, bfloat16,
             float32; float64 on the ``reference`` and ``sdpa`` backends.
-        layout: the ragged shape, on the same device.
+        layout: the ragged shape, on the same device. That of another batch which happens to have as many rows cannot be told
+            from the right one: rows would attend across its borders, without an error.
         level: the name of the level to attend at.
         scale: multiplies the logits; a finite number, default ``D ** -0.5``. For a learned one, multiply ``q`` by it.
         neighbours: also see the patch and prefix rows of this many segments before and after, inside the same parent.
