@@ -99,6 +99,13 @@ def test_the_ops_themselves_refuse_what_kernels_would_read_beyond(change, words)
             backward(*given.values(), pattern, 0.25, "auto")
 
 
+def test_strides_of_nothing_mean_nothing():
+    """Those of an expanded gradient are 0, also after contiguous()."""
+    q = good(0).requires_grad_()
+    attention(q, q, q, make([[[0]]], 0), "scan").sum().backward()
+    assert q.grad.shape == q.shape
+
+
 def test_a_layout_is_needed():
     with pytest.raises((ValueError, TypeError), match="layout"):
         attention(good(), good(), good(), [3, 5], "scan")

@@ -37,9 +37,10 @@ def check_rows(layout: Layout, x: Tensor, name: str, *, ndim: int) -> None:
 def check_op_rows(num_rows: int, q: Tensor, *others: Tensor) -> None:
     """What every kernel behind ``hlip::attention`` relies on, for those who call the op itself with a table of their own."""
     shape, dtype, device = q.shape, q.dtype, q.device
-    ok = len(shape) == 3 and shape[0] == num_rows and (shape[2] == 1 or q.stride()[2] == 1)
-    for t in others:
-        ok = ok and t.shape == shape and t.dtype is dtype and t.device == device and (shape[2] == 1 or t.stride()[2] == 1)
+    ok = len(shape) == 3 and shape[0] == num_rows
+    any_stride = shape[-1:] == (1,) or 0 in shape  # of one element or none, it means nothing
+    for t in (q, *others):
+        ok = ok and t.shape == shape and t.dtype is dtype and t.device == device and (any_stride or t.stride()[2] == 1)
     if not ok:
         raise ValueError(
             f"hlip::attention takes tensors (R, H, D) of one shape, dtype and device, contiguous in the last dimension, with "
