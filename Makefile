@@ -1,8 +1,10 @@
 # make demo   train on simulated studies and show what was learnt: everything from a bare Python 3.10+
 # make test   all tests, likewise
-# make gpu    on a machine with an NVIDIA GPU and torch >= 2.11: build, GPU tests, sanitizer, benchmarks, into $(OUT)
+# make gpu    on a machine with an NVIDIA GPU and torch >= 2.11: build, GPU tests, sanitizer, benchmarks, into runs/gpu (OUT=...)
 # make stress attention on random layouts against float64 for ten minutes (MINUTES=...), on the GPU if there is one
 # make bench  benchmarks on this machine
+# make lint   ruff, check and format
+# make clean  remove the virtual environment and what was built
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,7 +13,7 @@ MINUTES ?= 10
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test bench gpu stress lint clean
+.PHONY: help demo test bench gpu stress lint clean
 .DEFAULT_GOAL := help
 
 help:

@@ -9,6 +9,8 @@ from data_files import failure, reasons, volume
 
 from hlip.data import StudyError, find_studies, read_study
 from hlip.data.find import NOT_FOLLOWED, list_files
+from hlip.train.examples import FolderStudies
+from hlip.train.prepared import PreparedCache
 
 
 @pytest.fixture
@@ -77,3 +79,24 @@ def test_links_in_circles_and_around_a_study_end(tmp_path):
     assert sorted(file.name for file in files) == ["a.nii.gz", "c.nii.gz"]
     assert any("around: a link to a folder around this study: never followed" in str(item) for item in skipped)
     assert "deep: a link to a folder elsewhere: not followed" in reasons(read_study(study))
+
+
+def test_training_goes_by_the_same_rule(tmp_path, caplog):
+    volume(tmp_path / "store" / "p1" / "T1.nii.gz")
+    volume(tmp_path / "split" / "p2" / "T1.nii.gz")
+    (tmp_path / "split" / "p1").symlink_to(tmp_path / "store" / "p1")
+    with caplog.at_level(logging.WARNING):
+        studies = FolderStudies(tmp_path / "split", need_reports=False)
+    assert studies.names == ["p2"] and f"1 of its folders are links to elsewhere, {NOT_FOLLOWED}" in caplog.text
+    assert FolderStudies(tmp_path / "split", need_reports=False, follow_links=True).names == ["p1", "p2"]
+
+
+def test_prepared_scans_are_made_anew_when_what_a_link_leads_to_changes(tmp_path):
+    volume(tmp_path / "store" / "T1.nii.gz")
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "more").symlink_to(tmp_path / "store")
+    cache = PreparedCache(tmp_path / "cache", pytest.fail)
+    before, _ = cache.get(tmp_path / "study", "auto", follow_links=True)
+    volume(tmp_path / "store" / "T2.nii.gz")
+    after, _ = cache.get(tmp_path / "study", "auto", follow_links=True)
+    assert (len(before), len(after)) == (1, 2)

@@ -65,6 +65,17 @@ class Batch:
         return replace(self, images=self.images.pin_memory(), tokens=tokens)
 
 
+def _without_links(paths: list[Path], folder: Path) -> list[Path]:
+    """Those that are no links out of the folder; the others are counted in one line."""
+    from ..data.find import NOT_FOLLOWED
+
+    home = folder.resolve()
+    links = [path for path in paths if path.is_symlink() and not path.resolve().is_relative_to(home)]
+    if links:
+        log.warning("%s: %d of its folders are links to elsewhere, %s", folder, len(links), NOT_FOLLOWED)
+    return [path for path in paths if path not in links]
+
+
 class FolderStudies(Dataset):
     """Studies on disk, with reports from a CSV or from ``report.txt`` in the study's folder.
 
@@ -103,6 +114,8 @@ class FolderStudies(Dataset):
             if not self.folder.is_dir():
                 raise FileNotFoundError(f"{self.folder}: no such folder of studies")
             paths = sorted(p for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+            if not limits.get("follow_links"):
+                paths = _without_links(paths, self.folder)
         self.paths = list(paths)
         self.reports: dict[Path, list[str]] = self._read_reports(reports) if need_reports else {}
         if need_reports:

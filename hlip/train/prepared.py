@@ -63,7 +63,9 @@ class PreparedCache:
 
 
 def _key(path: Path, preset: str | Mapping[str, str], limits: Mapping) -> str:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    from ..data.find import list_files
+
+    files = list_files(path, limits.get("follow_links", False))[0] if path.is_dir() else [path]
     stamp = "|".join(f"{p.relative_to(path)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
     kind = preset if isinstance(preset, str) else sorted(preset.items())
     how = f"{sorted(limits.items())}|" if limits else ""
