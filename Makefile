@@ -17,7 +17,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# \(make \)/\1/p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
