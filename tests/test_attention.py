@@ -354,7 +354,7 @@ def test_more_programs_than_triton_can_launch_are_refused():
             return lambda *given, **constants: None
 
     def launch(heads):
-        triton_backend._launch(Kernel(), config, tiles, heads, 64, False, torch.device("cpu"))
+        triton_backend._launch(Kernel(), config, tiles, heads, 64, False, torch.device("cpu"), (), [64], ())
 
     launch(7)
     with pytest.raises(ValueError, match=r"268435456 blocks of rows times 8 heads .* split the batch"):
