@@ -121,8 +121,8 @@ def compile_kernel(kernel: str, kind: str, head_dim: int, arch: str, config: Con
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         signature[name] = "constexpr" if name in constants else argument_type(name, dtype)
-        # As at launch: addresses are multiples of 16, and strides if the head dim is. (Else those of rows still are if the number
-        # of heads is even. That was tried with triton 3.8: the figures are the same.)
+        # As at launch: addresses are multiples of 16, and strides if the head dim is. (Else those of rows still are where the
+        # number of heads is even. That was tried with triton 3.8: the figures are the same.)
         stride = name.endswith(("_row", "_head")) and not name.startswith("dlse") and head_dim % 16 == 0
         if signature[name].startswith("*") or stride:
             attributes[i,] = [["tt.divisibility", 16]]
