@@ -140,9 +140,10 @@ def _async_load(descriptor, coordinates, barrier, tile, pred=True):
     machine().point()
     for c in coordinates:
         check(values.dtype_of(c) is values.int32, f"loads by TMA at a coordinate of {values.dtype_of(c)}")
-    whole = tile.shape == descriptor.block_shape and len(tile.rows) == len(tile.stage.rows)
-    check(whole and tile.layout == descriptor.layout, f"loads {descriptor.block_shape} by TMA into {tile.shape}")
-    Load(descriptor, *map(operator.index, coordinates), barrier, tile.stage)
+    fits = tile.shape == descriptor.block_shape and tile.layout == descriptor.layout and not tile.transposed
+    check(fits, f"loads {descriptor.block_shape} by TMA into {tile.shape}")
+    check(tile.rows.start % 8 == 0, f"loads by TMA from row {tile.rows.start} of a tile on: its rows are swizzled by eights")
+    Load(descriptor, *map(operator.index, coordinates), barrier, tile)
 
 
 # --- products

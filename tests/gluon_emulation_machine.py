@@ -47,7 +47,7 @@ class Program:
                 raise KernelError(f"{p.name} ends with a product in flight, the last begun at {p.last_product}")
         known = self.partitions[0].clock
         for stage in self.stages:
-            if known.get(stage.loads_source, 0) != stage.loads:
+            if any(known.get(source, 0) != count for source, count in stage.loads.items()):
                 raise KernelError(f"program {self.index} ends with a TMA load in flight, into {stage.name}")
 
     def specialize(self, functions) -> object:
@@ -304,8 +304,7 @@ class Stage:
     def __init__(self, name: str, data):
         self.name, self.data = name, data
         self.rows: list = [None] * len(data)
-        self.loads = 0
-        self.loads_source = ("loads", id(self))
+        self.loads: dict[tuple, int] = {}  # how many there were, by the rows that they write: each arrives on its own
         running().program.stages.append(self)
 
     def _accesses(self, rows: range) -> list:
@@ -356,23 +355,26 @@ class Stage:
 class Load:
     """A TMA load in flight."""
 
-    def __init__(self, descriptor, row: int, column: int, barrier: Barrier, stage: Stage):
+    def __init__(self, descriptor, row: int, column: int, barrier: Barrier, tile):
         me = barrier.use("loads for")
-        self.program, self.barrier, self.stage = me.program, barrier, stage
-        self.nbytes, self.values = descriptor.nbytes, descriptor.tile(row, column)  # nothing writes them during a launch
-        barrier.loaded += descriptor.nbytes
+        stage, self.tile = tile.stage, tile
+        self.program, self.barrier = me.program, barrier
+        self.nbytes = descriptor.block_type.nbytes
+        self.values = descriptor.tile(row, column)  # nothing writes them during a launch
+        barrier.loaded += self.nbytes
         told = f"which has been told to expect {barrier.expected} in this phase"
-        check(barrier.loaded <= barrier.expected, f"loads {descriptor.nbytes} bytes for {barrier.name}, {told}")
-        stage.loads += 1
-        event = (stage.loads_source, stage.loads)
-        stage.write(range(len(stage.rows)), event, False, "loads by TMA into")
+        check(barrier.loaded <= barrier.expected, f"loads {self.nbytes} bytes for {barrier.name}, {told}")
+        source = ("loads", id(stage), tile.rows)
+        stage.loads[source] = stage.loads.get(source, 0) + 1
+        event = (source, stage.loads[source])
+        stage.write(tile.rows, event, False, "loads by TMA into")
         self.clock = Clock(me.clock)
         self.clock.join(dict([event]))
         me.tick()
         machine().loads.append(self)
 
     def land(self) -> None:
-        self.stage.data.copy_(self.values)
+        self.tile.stage.data[self.tile.rows.start : self.tile.rows.stop] = self.values
         self.barrier.missing -= self.nbytes
         self.barrier.gathered.join(self.clock)
         self.barrier.complete()

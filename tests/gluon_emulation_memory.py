@@ -181,6 +181,14 @@ def atomic_add(pointer: Pointer, value, mask=None, sem="acq_rel", scope=None):
     return Scalar(before, pointer.dtype)
 
 
+@dataclass
+class BlockType:
+    """Of the tiles that a descriptor loads."""
+
+    shape: list[int]
+    nbytes: int
+
+
 class Descriptor:
     """What TMA loads by: a matrix of rows, and the size of the tiles.
 
@@ -197,12 +205,8 @@ class Descriptor:
         self.dtype = buffer.dtype
 
     @property
-    def block_type(self):
-        return self
-
-    @property
-    def nbytes(self) -> int:
-        return self.block_shape[0] * self.block_shape[1] * self.dtype.primitive_bitwidth // 8
+    def block_type(self) -> BlockType:
+        return BlockType(self.block_shape, self.block_shape[0] * self.block_shape[1] * self.dtype.primitive_bitwidth // 8)
 
     def tile(self, row: int, column: int) -> torch.Tensor:
         """The tile at ``row`` and ``column``, zeros beyond the matrix."""
