@@ -20,14 +20,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from .backends.hopper.config import BACKWARD_FUSED, HEAD_DIMS, KERNELS, ROWS, Config
+from .backends.hopper.config import HEAD_DIMS, KERNELS, ROWS, SPLIT, Config, backward_kernels, forward_kernel
 from .layout import Layout
-from .pattern import K_PATCHES, K_PREFIXES, Plan
+from .pattern import K_PATCHES, K_PREFIXES, Q_PATCHES, Q_PREFIXES, Plan
 from .performance import LAUNCH, RATES, Rates
 
 PRODUCT_LATENCY, BARRIER = 60, 30  # clocks: from a product's end to its use; of four warps
 SHARED_BYTES = 128  # read or written a clock
-SPLIT = ("attention_backward_dq", "attention_backward_dkdv")
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,19 @@ STEPS = {
         Pause(BARRIER), Begin("dQ", shared=True), Begin("dK"), Wait(("dV", "dK")), _FINISH,
     ),
 }  # fmt: skip
+# The same steps; backward, one for each block of keys that a consumer owns.
+STEPS |= {
+    "attention_forward_whole": STEPS["attention_forward"],
+    "attention_backward_whole": STEPS["attention_backward_fused"],
+}
+# Whole segments end often: clocks of an item in which a consumer writes its 64 rows of out, or 128 of dK and dV, through shared
+# memory, which may be used by others meanwhile but not by it.
+ITEM = {
+    "attention_forward_whole": 128 + PRODUCT_LATENCY + 4 * BARRIER,
+    "attention_backward_whole": 4 * (128 + PRODUCT_LATENCY + 2 * BARRIER),
+}
+# Tensors of q's size that are read or written; 6 where nothing is said.
+TENSORS = {"attention_forward": 4, "attention_forward_whole": 4, "attention_backward_whole": 8}
 
 
 def units(kernel: str, config: Config, head_dim: int, rates: Rates) -> dict[str, float]:
@@ -218,9 +230,8 @@ def predict_hopper(
     """
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"there are no Hopper kernels for head dim {head_dim}")
-    fused &= head_dim in BACKWARD_FUSED
-    names = (("attention_backward_fused",) if fused else SPLIT) if backward else ("attention_forward",)
     plan = Plan.of(layout.pattern(level, neighbours=neighbours, summary=summary))
+    names = backward_kernels(plan, head_dim, fused) if backward else (forward_kernel(plan, head_dim),)
     first, *rest = (_predict_kernel(name, plan, heads, head_dim, dtype, rates) for name in names)
     return sum(rest, first)
 
@@ -233,15 +244,19 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
     rows = records.numpy().astype(np.int64)[tiles.numpy()[:, 0]]
     whole = rows[:, K_PATCHES] // config.block
     steps = whole + -(-(rows[:, K_PATCHES] + rows[:, K_PREFIXES] - whole * config.block) // config.block)
-    items = np.repeat(steps, heads)  # all heads of a tile one after the other, dealt out in turn
-    dealt = np.bincount(np.arange(len(items)) % rates.multiprocessors, weights=items, minlength=rates.multiprocessors)
+    blocks = -(-(rows[:, Q_PATCHES] + rows[:, Q_PREFIXES]) // (ROWS * config.consumers))  # that a consumer has rows for
+    items = np.repeat(
+        steps * blocks.clip(1, config.own_blocks), heads
+    )  # all heads of a tile one after the other, dealt out in turn
+    programs = np.arange(len(items)) % rates.multiprocessors
+    dealt = np.bincount(programs, weights=items, minlength=rates.multiprocessors)
+    between = ITEM.get(kernel, 0) * np.bincount(programs, minlength=1).max() / rates.clock
     clocks = units(kernel, config, head_dim, rates)
     binds = max(clocks, key=clocks.__getitem__)
-    tensors = 4 if kernel == "attention_forward" else 6
-    memory = tensors * plan.num_rows * heads * head_dim * dtype.itemsize / rates.bandwidth
-    played = dealt.max() * clocks_per_step(kernel, config, head_dim, rates) / rates.clock
+    memory = TENSORS.get(kernel, 6) * plan.num_rows * heads * head_dim * dtype.itemsize / rates.bandwidth
+    played = between + dealt.max() * clocks_per_step(kernel, config, head_dim, rates) / rates.clock
     overlapped = dealt.max() * clocks[binds] / rates.clock
-    serial = dealt.max() * (sum(clocks.values()) - clocks["shared memory"]) / rates.clock
+    serial = between + dealt.max() * (sum(clocks.values()) - clocks["shared memory"]) / rates.clock
     balance = float(dealt.mean() / dealt.max()) if len(items) else 1.0
     seconds = (float(max(time, memory)) + LAUNCH for time in (played, overlapped, serial))
     return Played(*seconds, binds if overlapped > memory else "memory", balance)
@@ -252,15 +267,15 @@ def main() -> int:
     print("consumers by rows of a tile: busiest unit, its clocks a step, played out, TFLOP/s (H200, D = 64; predicted)")
     for kernel, by_head_dim in KERNELS.items():
         shipped = by_head_dim[64]
-        for consumers in (1, 2, 3):
-            for block in (64, 128):
+        for consumers in (1, 2, 3, 4):
+            for block in (32, 64, 128):
                 config = replace(shipped, consumers=consumers, block=block)
                 busy = units(kernel, config, 64, rates)
                 busiest = max(busy, key=busy.__getitem__)
                 clocks = clocks_per_step(kernel, config, 64, rates)
                 products = sum(isinstance(action, Begin) for action in STEPS[kernel])
                 useful = products * (5 / 7 if kernel in SPLIT else 1)  # backward's FLOPs are those of 5 products
-                flops = useful * 2 * config.rows * block * 64 * rates.multiprocessors * rates.clock / clocks
+                flops = useful * 2 * ROWS * consumers * block * 64 * rates.multiprocessors * rates.clock / clocks
                 mark = "  <- shipped" if config == shipped else ""
                 line = f"{kernel:24} {consumers} x 64 by {block:>3}: {busiest:13} {busy[busiest]:5.0f} {clocks:6.0f} "
                 print(f"{line}{flops / 1e12:5.0f}{mark}")

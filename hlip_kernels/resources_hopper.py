@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from .backends.hopper import constants_of
-from .backends.hopper.config import HEAD_DIMS, KERNELS, Config
+from .backends.hopper.config import HEAD_DIMS, KERNELS, WHOLE, Config
 from .resources import argument_type, run_tool, usage_of, write_rows
 
 SHARED_MEMORY = 232448  # bytes that one program may use
@@ -31,6 +31,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 VARIANTS = {
     "attention_backward_dq": ({"HAS_GRAD_LSE": True},),
     "attention_backward_fused": ({"ORDERED": True}, {"ORDERED": False}),
+    "attention_backward_whole": ({"HAS_GRAD_LSE": False}, {"HAS_GRAD_LSE": True}),
 }
 
 
@@ -169,7 +170,7 @@ def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None 
         serialized=int("serializ" in (said.stdout + said.stderr).lower()),
         exponentials=sum(exponentials for exponentials, _ in found),
         overlapped=sum(overlapped for _, overlapped in found),
-        unsynchronised=unsynchronised(code),
+        unsynchronised=unsynchronised(code, kernel not in WHOLE),
         order=orders[0] if orders else "",
     )  # fmt: skip
 
@@ -284,10 +285,11 @@ def order_of(loop: list[Instruction]) -> str:
     return ", ".join(kind if kind.startswith("wait") else f"{count} {kind}" for kind, count in runs)
 
 
-def unsynchronised(code: list[Instruction]) -> int:
+def unsynchronised(code: list[Instruction], own_operands: bool = True) -> int:
     """Arrivals right after a store or a wait, and products right after a store, with no barrier of the warps between.
 
-    One warp arrives for all four, and a product reads what all four stored. Source order is that of the addresses here:
+    One warp arrives for all four, and a product reads what all four stored; not in a kernel without ``own_operands``, where
+    groups multiply only what others have stored. Source order is that of the addresses here:
     ptxas puts nothing but the repeated tries of a wait elsewhere.
     """
     count, stored, waited = 0, False, False
@@ -301,7 +303,7 @@ def unsynchronised(code: list[Instruction]) -> int:
         elif i.name.startswith("SYNCS.ARRIVE"):
             count += stored or waited
         elif i.kind == "product":
-            count += stored
+            count += stored and own_operands
     return count
 
 

@@ -16,7 +16,7 @@ from hlip_kernels.backends.base import Numerics, Support
 from hlip_kernels.pattern import Plan
 
 FOLDER = Path(hopper.__file__).parent
-FILES = ("ring", "forward", "backward_dq", "backward_keys")
+FILES = ("ring", "own", "forward", "forward_whole", "backward_dq", "backward_keys", "backward_whole")
 FAR = {"row": 2**25, "head": 2**12}  # strides that put every row but the first 64 beyond 32-bit addresses
 
 
@@ -34,14 +34,14 @@ class EmulatedHopperBackend(hopper.HopperBackend):
 
     Args:
         found: other kernels than the project's. programs: of a launch; ``None`` draws 1 to 5.
-        far: tell the kernels strides so large that addresses need 64 bits.
+        far: tell the kernels strides so large that addresses need 64 bits. options: of the backend.
     Attributes:
         seed: of the order in which things happen; each launch takes the next.
         written: by kernel, how often its last launch wrote each element of its tensor arguments.
     """
 
-    def __init__(self, found=None, programs: int | None = None, ordered: bool = False, far: bool = False, seed: int = 0):
-        super().__init__(ordered)
+    def __init__(self, found=None, programs: int | None = None, far: bool = False, seed: int = 0, **options):
+        super().__init__(**options)
         self.kernels = found or kernels()
         self.programs, self.far, self.seed = programs, far, seed
         self.written = {}
@@ -78,8 +78,21 @@ def _far_away(names, num_loaded: int, args) -> tuple[list, dict]:
     return given, far
 
 
-# How gradients are made: the backend's argument, and whether the caller asks for the same bits.
-WAYS = {"split": (False, True), "ordered": (True, True), "any order": (False, False)}
+# How gradients are made: the backend's arguments, and whether the caller asks for the same bits.
+WAYS = {
+    "split": ({"whole": False}, True),
+    "ordered": ({"whole": False, "ordered": True}, True),
+    "any order": ({"whole": False}, False),
+    "whole": ({}, True),
+}
+WRITTEN = {  # by kernel, what it writes every element of
+    "attention_forward": ("out", "lse"),
+    "attention_forward_whole": ("out", "lse"),
+    "attention_backward_dq": ("dq", "delta"),
+    "attention_backward_dkdv": ("dk", "dv"),
+    "attention_backward_fused": ("dk", "dv"),
+    "attention_backward_whole": ("dq", "dk", "dv"),
+}
 
 
 @dataclass(eq=False)

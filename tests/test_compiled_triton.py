@@ -36,10 +36,11 @@ FEW = [[[40, 3], [0, 9]]]  # for float32 without TF32, whose products are many i
 LONG = {"bfloat16": [[[150, 129], [32]], [[7]]], "tfloat32": [[[70, 85]], [[7]]]}
 
 # Backend, deterministic, and the kernels of the backward pass: dQ, then dK and dV, or all at once with dQ summed in memory.
-SPLIT, FUSED = ["dq", "dkdv"], ["delta", "fused"]
+SPLIT, FUSED, WHOLE = ["dq", "dkdv"], ["delta", "fused"], ["whole"]
 TRITON = {"split": ("triton", True, SPLIT), "fast": ("triton", False, FUSED)}
 HOPPER = {"hopper": ("hopper", True, SPLIT), "hopper any order": ("hopper", False, FUSED),
-          "hopper ordered": ("hopper_ordered", True, FUSED), "hopper 128 any order": ("hopper", False, SPLIT)}  # fmt: skip
+          "hopper ordered": ("hopper_ordered", True, FUSED), "hopper 128 any order": ("hopper", False, SPLIT),
+          "hopper whole": ("hopper", True, WHOLE)}  # fmt: skip
 WAYS = TRITON | HOPPER
 
 
@@ -61,8 +62,8 @@ def run(kind, layout, level, qkv, weight, lse_weight=None, way="split", capabili
     leaves = [qkv] if torch.is_tensor(qkv) else list(qkv)
     leaves = [t.detach().requires_grad_() for t in leaves]
     q, k, v = leaves[0].unbind(1) if torch.is_tensor(qkv) else leaves
-    backend, deterministic, _ = WAYS[way]
-    with fused_from(0), on_card(capability, seed=seed) as card:
+    backend, deterministic, backward = WAYS[way]
+    with fused_from(0), on_card(capability, seed=seed, whole=backward is WHOLE) as card:
         out, lse = attention(q, k, v, layout, level, backend=backend, deterministic=deterministic,
                              allow_tf32=allow_tf32, return_lse=True, **options)  # fmt: skip
         outs, weights = [out], [weight]
@@ -132,7 +133,8 @@ def check(kind, lengths, num_prefix, level, heads, head_dim, *, way="split", str
     assert error <= bound, f"lse: error {error:.2e}, allowed {bound:.2e}"
     assert not lse[:, dead].any(), "lse is not 0 in dead rows"
     launched = [launch.kernel for launch in card.launched]
-    assert launched == ["attention_forward", *(f"attention_backward_{name}" for name in WAYS[way][2])], launched
+    forward = "attention_forward" + "_whole" * (WAYS[way][2] is WHOLE)
+    assert launched == [forward, *(f"attention_backward_{name}" for name in WAYS[way][2])], launched
 
 
 # 80 columns are two blocks, 64 and 16. The tests after the first have cases of other dtypes and head dims.
@@ -201,6 +203,8 @@ def test_error_on_hopper(kind, head_dim, way):
     ("bfloat16", 64, "hopper", {"neighbours": 1, "summary": "scan"}),
     ("bfloat16", 64, "hopper any order", {}),
     ("bfloat16", 64, "hopper ordered", {}),
+    ("bfloat16", 64, "hopper whole", {"with_grad_lse": True}),
+    ("float16", 64, "hopper whole", {"strides": "mixed", "scale_of_logits": 20.0}),
     ("float16", 64, "hopper", {"strides": "mixed", "scale_of_logits": 20.0}),
     ("float16", 128, "hopper", {"with_grad_lse": True}),
     ("bfloat16", 128, "hopper 128 any order", {}),
@@ -254,21 +258,22 @@ def test_emptiness(lengths, num_prefix, row_multiple, launches):
         assert not out[dead].any() and not lse[:, dead].any() and not grad[dead].any(), "dead rows are not 0"
 
 
-@pytest.mark.parametrize("way", ["split", "fast", "hopper", "hopper any order"])
+@pytest.mark.parametrize("way", ["split", "fast", "hopper", "hopper any order", "hopper whole"])
 @compiled
 def test_no_kernel_is_compiled_again_as_lengths_change(way):
     from ptx.triton_driver import on_card
 
     backend, deterministic, backward = WAYS[way]
     head_dim, capability = (64, (9, 0)) if way in HOPPER else (32, (8, 0))
-    with fused_from(0), on_card(capability) as card:
-        for n, lengths in enumerate([[[[1]]], [[[16], [16]]], [[[17, 3]], [[60]]], [[[128, 128]]], [[[]], [[1, 1, 1]]]], 1):
+    with fused_from(0), on_card(capability, whole=backward is WHOLE) as card:
+        for n, lengths in enumerate([[[[1]]], [[[16], [16]]], [[[17, 3]], [[60]]], [[[100, 128]]], [[[]], [[1, 1, 1]]]], 1):
             layout, qkv, weight = drawn("bfloat16", lengths, 1, heads=2, head_dim=head_dim)
             leaf = qkv.requires_grad_()
             out, lse = attention(*leaf.unbind(1), layout, "scan", backend=backend, deterministic=deterministic,
                                  return_lse=True)  # fmt: skip
             torch.autograd.grad((out, lse), leaf, (weight, torch.randn_like(lse)))
-            assert len(card.compiled) == 3 and len(card.launched) == 3 * n, (lengths, card.compiled)
+            kernels = 1 + len(backward)
+            assert len(card.compiled) == kernels and len(card.launched) == kernels * n, (lengths, card.compiled)
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])

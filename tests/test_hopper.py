@@ -2,14 +2,24 @@
 
 import pytest
 import torch
-from emulated_hopper import WAYS, Case, EmulatedHopperBackend
+from emulated_hopper import WAYS, WRITTEN, Case, EmulatedHopperBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlip_kernels import attention
 from hlip_kernels.backends import BACKENDS, Query, hopper
 from hlip_kernels.backends.hopper import HopperBackend
-from hlip_kernels.backends.hopper.config import BACKWARD_FUSED, FORWARD, HEAD_DIMS, KERNELS
+from hlip_kernels.backends.hopper.config import (
+    BACKWARD_FUSED,
+    FORWARD,
+    FUSED,
+    HEAD_DIMS,
+    KERNELS,
+    SPLIT,
+    WHOLE,
+    backward_kernels,
+    forward_kernel,
+)
 
 DTYPES = (torch.float16, torch.bfloat16)
 # Around the edges of tiles (64 keys, 128 and 192 rows), empty and single.
@@ -49,33 +59,32 @@ def written_once(backend, *arguments):
         assert (backend.written[kernel][argument] == 1).all(), (kernel, argument)
 
 
-def check_forward(case, **options):
-    backend = EmulatedHopperBackend(**options)
+def check_forward(case, whole, **options):
+    backend = EmulatedHopperBackend(whole=whole, **options)
     case.check(case.forward(backend))
     if case.layout.num_rows:
-        written_once(backend, ("attention_forward", "out"), ("attention_forward", "lse"))
+        expected = forward_kernel(case.plan, case.head_dim, whole)
+        assert list(backend.written) == [expected]
+        written_once(backend, (expected, "out"), (expected, "lse"))
+    return backend
 
 
 def check_backward(case, way, **options):
-    ordered, deterministic = WAYS[way]
-    backend = EmulatedHopperBackend(ordered=ordered, **options)
+    kind, deterministic = WAYS[way]
+    backend = EmulatedHopperBackend(**kind, **options)
     case.check(case.backward(backend, deterministic))
-    if "attention_backward_fused" in backend.written:
-        assert way != "split"
-        written_once(backend, ("attention_backward_fused", "dk"), ("attention_backward_fused", "dv"))
-    elif case.layout.num_rows:
-        written_once(
-            backend, ("attention_backward_dq", "dq"), ("attention_backward_dq", "delta"),
-            ("attention_backward_dkdv", "dk"), ("attention_backward_dkdv", "dv"),
-        )  # fmt: skip
+    if case.layout.num_rows:
+        expected = backward_kernels(case.plan, case.head_dim, way in ("ordered", "any order"), way == "whole")
+        assert tuple(backend.written) == expected
+        written_once(backend, *((kernel, argument) for kernel in expected for argument in WRITTEN[kernel]))
     return backend
 
 
 @each_kind
 @examples(0.4)
-@given(drawn=layouts(), seed=st.integers(0, 1000))
-def test_forward_on_ragged_layouts(dtype, head_dim, drawn, seed):
-    check_forward(Case(**drawn, dtype=dtype, head_dim=head_dim), seed=seed)
+@given(drawn=layouts(), seed=st.integers(0, 1000), whole=st.booleans())
+def test_forward_on_ragged_layouts(dtype, head_dim, drawn, seed, whole):
+    check_forward(Case(**drawn, dtype=dtype, head_dim=head_dim), whole, seed=seed)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -108,22 +117,46 @@ EDGES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by tiles"])
 @pytest.mark.parametrize("name", EDGES)
-def test_forward_at_the_edges(name):
-    check_forward(EDGES[name])
+def test_forward_at_the_edges(name, whole):
+    case = EDGES[name]
+    short = whole and not case.options and case.plan.longest <= 256
+    assert list(check_forward(case, whole).written) == ["attention_forward_whole" if short else "attention_forward"]
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", [name for name in EDGES if not EDGES[name].options])
 def test_backward_at_the_edges(name, way):
-    backend = check_backward(EDGES[name], way)
-    assert ("attention_backward_fused" in backend.written) == (way != "split")
+    case = EDGES[name]
+    short = way == "whole" and case.plan.longest <= 256
+    expected = WHOLE if short else FUSED if way in ("ordered", "any order") else SPLIT
+    assert tuple(check_backward(case, way).written) == expected
 
 
+@pytest.mark.parametrize("way", ["ordered", "whole"])
 @pytest.mark.parametrize("name", [name for name in EDGES if EDGES[name].options])
-def test_backward_in_one_kernel_is_for_level_patterns(name):
-    backend = check_backward(EDGES[name], "ordered")
-    assert list(backend.written) == ["attention_backward_dq", "attention_backward_dkdv"]
+def test_backward_in_one_kernel_is_for_level_patterns(name, way):
+    assert tuple(check_backward(EDGES[name], way).written) == SPLIT
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 192, 193, 198, 224, 225, 255, 256])
+def test_whole_segments_of_every_kind_of_length(length, dtype):
+    """Around tiles of 32 rows, blocks of 64 and their pairs; the first segment is followed by longer and shorter ones."""
+    prefix = min(length - 1, 2)
+    case = Case([[[length - prefix, 256 - prefix, 70, length - prefix]]], prefix, "slice", dtype, heads=1)
+    assert list(check_forward(case, True, programs=2, seed=length).written) == ["attention_forward_whole"]
+    assert tuple(check_backward(case, "whole", programs=2, seed=length).written) == WHOLE
+
+
+def test_what_is_too_long_is_not_held_whole():
+    for length, expected in ((256, WHOLE), (257, SPLIT)):
+        plan = Case([[[3, length]]], 0, "slice").plan
+        assert backward_kernels(plan, 64, False) == expected
+        assert (forward_kernel(plan, 64) == "attention_forward_whole") == (expected == WHOLE)
+    plan = Case([[[100]]], 0, "slice").plan
+    assert backward_kernels(plan, 128, False) == SPLIT and forward_kernel(plan, 128) == "attention_forward"
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -136,7 +169,8 @@ def test_the_gradient_of_lse(way):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rows_beyond_32_bit_addresses(head_dim):
     case = Case([[[130, 65], [3]]], 1, "scan", head_dim=head_dim)
-    check_forward(case, far=True)
+    for whole in (True, False):
+        check_forward(case, whole, far=True)
     for way in WAYS:
         check_backward(case, way, far=True)
 
@@ -144,25 +178,29 @@ def test_rows_beyond_32_bit_addresses(head_dim):
 def test_the_same_bits_in_every_order_and_with_any_number_of_programs():
     case = Case([[[193, 30], [1, 0]]], 2, "scan")
     for run in (case.forward, lambda backend: case.backward(backend)):
-        for ordered in (False, True):
-            first = run(EmulatedHopperBackend(ordered=ordered))
+        for way in ("split", "ordered", "whole"):
+            first = run(EmulatedHopperBackend(**WAYS[way][0]))
             for programs in (1, 7):
-                again = run(EmulatedHopperBackend(programs=programs, seed=100 * programs, ordered=ordered))
+                again = run(EmulatedHopperBackend(programs=programs, seed=100 * programs, **WAYS[way][0]))
                 assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.parametrize("strides", ["mixed", "heads first"])
 def test_strides_change_no_bits(strides):
     cases = [Case([[[130, 65]]], 1, "study", strides=s) for s in ("packed", strides)]
-    for first, other in zip(
-        *[(c.forward(EmulatedHopperBackend()), c.backward(EmulatedHopperBackend())) for c in cases], strict=True
+    for run in (
+        lambda case: case.forward(EmulatedHopperBackend()),
+        lambda case: case.forward(EmulatedHopperBackend(whole=False)),
+        lambda case: case.backward(EmulatedHopperBackend()),
+        lambda case: case.backward(EmulatedHopperBackend(whole=False)),
     ):
+        first, other = map(run, cases)
         assert all(torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.fixture
-def emulated(monkeypatch):
-    backend = EmulatedHopperBackend()
+@pytest.fixture(params=[True, False], ids=["whole", "by tiles"])
+def emulated(monkeypatch, request):
+    backend = EmulatedHopperBackend(whole=request.param)
     monkeypatch.setitem(BACKENDS, "hopper", backend)
     return backend
 
@@ -214,7 +252,7 @@ def test_a_launch_takes_every_tile_of_every_head_once():
     case = Case([[[200, 193, 64]]], 0, heads=3)
     tiles, _ = case.plan.tiles(FORWARD[64].rows, torch.device("cpu"))
     for programs in (1, 4, 3 * len(tiles)):
-        backend = EmulatedHopperBackend(programs=programs)
+        backend = EmulatedHopperBackend(programs=programs, whole=False)
         case.forward(backend)
         written_once(backend, ("attention_forward", "out"), ("attention_forward", "lse"))
 

@@ -228,8 +228,11 @@ class CompiledHopperBackend(_OnCpuTensors, hopper_backend.HopperBackend):
 
 
 @contextlib.contextmanager
-def on_card(capability: tuple[int, int] = (8, 0), multiprocessors: int = MULTIPROCESSORS, seed: int = 0):
+def on_card(capability: tuple[int, int] = (8, 0), multiprocessors: int = MULTIPROCESSORS, seed: int = 0, whole: bool = True):
     """Triton and the ``triton``, ``hopper`` and ``hopper_ordered`` backends run CPU tensors on a pretended card: its driver.
+
+    Args:
+        whole: let the Hopper backends hold short segments whole.
 
     Raises:
         RuntimeError: Triton's interpreter is on.
@@ -237,8 +240,8 @@ def on_card(capability: tuple[int, int] = (8, 0), multiprocessors: int = MULTIPR
     if triton_backend.interpreted():
         raise RuntimeError("TRITON_INTERPRET is set: kernels are not compiled in this process")
     card = PtxDriver(capability, multiprocessors, seed)
-    backends = {"triton": CompiledTritonBackend(), "hopper": CompiledHopperBackend(),
-                "hopper_ordered": CompiledHopperBackend(ordered=True)}  # fmt: skip
+    backends = {"triton": CompiledTritonBackend(), "hopper": CompiledHopperBackend(whole=whole),
+                "hopper_ordered": CompiledHopperBackend(ordered=True, whole=whole)}  # fmt: skip
     for backend in backends.values():
         backend.capability = capability
     family = "hopper" if capability[0] in (9, 10, 11) else "ampere"

@@ -13,7 +13,21 @@ import torch
 from .. import triton as triton_backend
 from ..base import LEAST_SCALE, LOG2_E, Backend, Query, Support, aligned, copied, on, strides_of
 from ..determinism import wants_same_bits
-from .config import BACKWARD_DKDV, BACKWARD_DQ, BACKWARD_FUSED, DTYPES, FORWARD, HEAD_DIMS, Config
+from .config import (
+    BACKWARD_DKDV,
+    BACKWARD_DQ,
+    BACKWARD_FUSED,
+    BACKWARD_WHOLE,
+    DTYPES,
+    FUSED,
+    HEAD_DIMS,
+    KERNELS,
+    SPLIT,
+    WHOLE,
+    Config,
+    backward_kernels,
+    forward_kernel,
+)
 
 
 @functools.cache
@@ -36,10 +50,11 @@ class HopperBackend(Backend):
 
     Args:
         ordered: where the same bits are asked for, sum dQ in a fixed order in one kernel instead of making it in another.
+        whole: take the kernels that hold short segments whole where they can.
     """
 
-    def __init__(self, ordered: bool = False):
-        self.ordered = ordered
+    def __init__(self, ordered: bool = False, whole: bool = True):
+        self.ordered, self.whole = ordered, whole
         self.name = "hopper_ordered" if ordered else "hopper"
 
     def supports(self, query: Query) -> Support:
@@ -64,15 +79,20 @@ class HopperBackend(Backend):
 
     def forward(self, q, k, v, plan, scale, numerics):
         num_rows, heads, head_dim = q.shape
-        config = FORWARD[head_dim]
+        name = forward_kernel(plan, head_dim, self.whole)
+        config = KERNELS[name][head_dim]
         k, v = _loadable(k), _loadable(v)
+        loaded = [k, v]
+        if config.own_stages:
+            q = _loadable(q)
+            loaded = [q, k, v]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty((heads, num_rows), dtype=torch.float32, device=q.device)
         tiles, records = plan.tiles(config.rows, q.device)
         items = len(tiles) * heads
         if items:
             self.launch(
-                "attention_forward", config, items, [k, v],
+                name, config, items, loaded,
                 q, k, v, out, lse, tiles, records,
                 *strides_of(q, k, v, out), num_rows, heads, items,
                 max(abs(scale) * LOG2_E, LEAST_SCALE), -1.0 if scale < 0 else 1.0,
@@ -86,8 +106,8 @@ class HopperBackend(Backend):
             grad_lse = lse  # never read
         q, k, v, grad_out = map(_loadable, (q, k, v, grad_out))
         any_order = not wants_same_bits(numerics)
-        fused = head_dim in BACKWARD_FUSED and plan.sees_itself and (any_order or self.ordered)
-        run = functools.partial(self._fused, ordered=not any_order) if fused else self._split
+        names = backward_kernels(plan, head_dim, any_order or self.ordered, self.whole)
+        run = {SPLIT: self._split, FUSED: functools.partial(self._fused, ordered=not any_order), WHOLE: self._whole}[names]
         return run(grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, scale)
 
     def _split(self, grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, scale):
@@ -137,6 +157,23 @@ class HopperBackend(Backend):
             )  # fmt: skip
         return dq_sum.to(q.dtype), dk, dv
 
+    def _whole(self, grad_out, grad_lse, has_grad_lse, q, k, v, out, lse, plan, scale):
+        """All three at once where a program holds a whole segment: five products, everything read and written once."""
+        num_rows, heads, head_dim = q.shape
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        config = BACKWARD_WHOLE[head_dim]
+        tiles, records = plan.tiles(config.rows, q.device)
+        items = len(tiles) * heads
+        if items:
+            self.launch(
+                "attention_backward_whole", config, items, [q, grad_out, k, v],
+                q, k, v, out, grad_out, lse, grad_lse, dq, dk, dv, tiles, records,
+                *strides_of(q, k, v, out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *strides_of(dq, dk, dv),
+                num_rows, heads, items, scale, scale * LOG2_E,
+                HAS_GRAD_LSE=has_grad_lse,
+            )  # fmt: skip
+        return dq, dk, dv
+
     prepare = staticmethod(triton_backend.prepare_fused)
 
     def launch(self, name: str, config: Config, items: int, loaded: list[torch.Tensor], *args, **constants) -> None:
@@ -162,9 +199,10 @@ class HopperBackend(Backend):
 
 def kernel_named(name: str):
     """The kernel of that name; imports triton."""
-    from . import backward_dq, backward_keys, forward
+    from . import backward_dq, backward_keys, backward_whole, forward, forward_whole
 
-    return next(vars(module)[name] for module in (forward, backward_dq, backward_keys) if name in vars(module))
+    modules = (forward, forward_whole, backward_dq, backward_keys, backward_whole)
+    return next(vars(module)[name] for module in modules if name in vars(module))
 
 
 def constants_of(config: Config, head_dim: int) -> dict[str, int]:
@@ -179,6 +217,7 @@ def constants_of(config: Config, head_dim: int) -> dict[str, int]:
         "CONSUMER_REGISTERS": config.consumer_registers,
         "PRODUCER_REGISTERS": config.producer_registers,
         **(reducer if config.reducer_stages else {}),
+        **({"OWN_STAGES": config.own_stages} if config.own_stages else {}),
     }
 
 

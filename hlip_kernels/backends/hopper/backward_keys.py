@@ -38,12 +38,13 @@ from .ring import (
 
 
 @gluon.jit
-def _step(
+def add_query_tile(
     dk_ND, dv_ND, k_smem, v_smem, ok_N, rings, statistics, handed, used, scale_log2,
-    INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
+    INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, LAST: gl.constexpr = True,
 ):  # fmt: skip
     """What query tile ``used`` adds to dK and dV, and, if there is a reducer (``DS_STAGES``), its dS for that.
 
+    ``LAST`` unless this consumer has another block of keys for the tile: then it is done with the tile, and hands dS over.
     The exponentials overlap with the product of V and dO, and the rest with that of the probabilities and dO: every wait
     follows a product that needs what was computed before it, so ptxas can move none of them up.
     """
@@ -69,13 +70,15 @@ def _step(
         ds_smem, full_ds, empty_ds = handed
         await_round_before(empty_ds, used, DS_STAGES)
         ds_smem.index(used % DS_STAGES).slice(INDEX * ROWS, ROWS).store(ds_NM)
-        fence_async_shared()
-        complete_use(full_ds, used, DS_STAGES)
+        if LAST:
+            fence_async_shared()
+            complete_use(full_ds, used, DS_STAGES)
     ds_operand = as_operand(ds_NM, dk_ND, q_smem.dtype)
     dk_ND = warpgroup_mma(ds_operand, q_smem.index(used % STAGES), dk_ND, is_async=True)
     dk_ND, dv_ND = warpgroup_mma_wait(0, deps=(dk_ND, dv_ND))
-    complete_use(empty_q, used, STAGES)
-    complete_use(empty_do, used, STAGES)
+    if LAST:
+        complete_use(empty_q, used, STAGES)
+        complete_use(empty_do, used, STAGES)
     return dk_ND, dv_ND
 
 
@@ -117,7 +120,7 @@ def _consume(
         dk_ND = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
         dv_ND = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
         for _ in range(0, q_total, BLOCK_M):
-            dk_ND, dv_ND = _step(
+            dk_ND, dv_ND = add_query_tile(
                 dk_ND, dv_ND, k_smem, v_smem, key_ok_N, rings, statistics, handed, used, scale_log2, INDEX, STAGES, DS_STAGES
             )
             used += 1
@@ -149,7 +152,7 @@ def attention_backward_dkdv(
     """
     k_smem, v_smem = _make_own(q_desc.dtype, BLOCK_D, CONSUMERS)
     rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, True)
-    statistics = make_statistics(lse, delta, num_rows, STAGES, BLOCK_N)
+    statistics = make_statistics(lse, (delta,), num_rows, STAGES, BLOCK_N)
     sources = (q_desc, do_desc, q, grad_out, tiles, records)
     strides = (q_row, q_head, do_row, do_head, heads, num_items)
     tensors = (k, v, dk, dv, tiles, records)
@@ -221,7 +224,7 @@ def attention_backward_fused(
     """
     k_smem, v_smem = _make_own(q_desc.dtype, BLOCK_D, CONSUMERS)
     rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, True)
-    statistics = make_statistics(lse, delta, num_rows, STAGES, BLOCK_N)
+    statistics = make_statistics(lse, (delta,), num_rows, STAGES, BLOCK_N)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMERS * ROWS, BLOCK_N], q_desc.dtype)
     ds_smem = gl.allocate_shared_memory(q_desc.dtype, [DS_STAGES, CONSUMERS * ROWS, BLOCK_N], ds_layout)
     handed = (ds_smem, make_bars(DS_STAGES, CONSUMERS), make_bars(DS_STAGES, 1))

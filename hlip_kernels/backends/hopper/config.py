@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...pattern import Plan
+
 DTYPES = (torch.float16, torch.bfloat16)
 ROWS = 64  # of one consumer
 REGISTERS = 65536  # of a multiprocessor, all for one program
@@ -21,6 +23,8 @@ class Config:
         part: rows that the loading group takes at a time where it loads by address.
         consumer_registers, producer_registers: of a thread, multiples of 8; together at most what the card has.
         reducer_registers: of the group that adds up dQ, if there is one. reducer_stages: tiles handed to it.
+        own_blocks: blocks of 64 rows that a consumer owns. own_stages: how many tiles of its own rows a program has room for,
+            where they come while it is busy with others.
     """
 
     consumers: int
@@ -31,11 +35,13 @@ class Config:
     producer_registers: int
     reducer_registers: int = 0
     reducer_stages: int = 0
+    own_stages: int = 0
+    own_blocks: int = 1
 
     @property
     def rows(self) -> int:
         """Rows of a program's tile."""
-        return ROWS * self.consumers
+        return ROWS * self.consumers * self.own_blocks
 
     @property
     def max_registers(self) -> int:
@@ -66,10 +72,47 @@ BACKWARD_FUSED = {
         reducer_registers=96, reducer_stages=2,
     ),
 }  # fmt: skip
+# Segments of up to 256 rows. Four consumers, each with few registers, so tiles of 32 keys; 198 rows are seven of those.
+FORWARD_WHOLE = {
+    64: Config(
+        consumers=4, block=32, stages=14, part=16, consumer_registers=112, producer_registers=32, own_stages=2,
+    ),
+}  # fmt: skip
+# Segments of up to 256 rows. Four accumulators of 64 x 64 a consumer leave room for the logits of 32 queries.
+BACKWARD_WHOLE = {
+    64: Config(
+        consumers=2, block=32, stages=5, part=16, consumer_registers=200, producer_registers=48,
+        reducer_registers=64, reducer_stages=2, own_stages=2, own_blocks=2,
+    ),
+}  # fmt: skip
 KERNELS = {
     "attention_forward": FORWARD,
+    "attention_forward_whole": FORWARD_WHOLE,
     "attention_backward_dq": BACKWARD_DQ,
     "attention_backward_dkdv": BACKWARD_DKDV,
     "attention_backward_fused": BACKWARD_FUSED,
+    "attention_backward_whole": BACKWARD_WHOLE,
 }
 HEAD_DIMS = tuple(FORWARD)
+SPLIT = ("attention_backward_dq", "attention_backward_dkdv")
+FUSED = ("attention_backward_fused",)
+WHOLE = ("attention_backward_whole",)
+
+
+def forward_kernel(plan: Plan, head_dim: int, whole: bool = True) -> str:
+    """Name of the kernel of a forward pass. ``whole``: where segments are short enough, the one that holds them whole."""
+    if whole and plan.sees_itself and head_dim in FORWARD_WHOLE and plan.longest <= FORWARD_WHOLE[head_dim].rows:
+        return "attention_forward_whole"
+    return "attention_forward"
+
+
+def backward_kernels(plan: Plan, head_dim: int, in_one: bool, whole: bool = True) -> tuple[str, ...]:
+    """Names of the kernels of a backward pass.
+
+    Args:
+        in_one: rather one that adds dQ up in memory than two. whole: where segments are short enough, the one that holds
+            them whole.
+    """
+    if whole and plan.sees_itself and head_dim in BACKWARD_WHOLE and plan.longest <= BACKWARD_WHOLE[head_dim].rows:
+        return WHOLE
+    return FUSED if plan.sees_itself and head_dim in BACKWARD_FUSED and in_one else SPLIT

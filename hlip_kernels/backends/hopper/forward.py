@@ -81,15 +81,67 @@ def _step(acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used, scale_log2, STAGES
 
 
 @gluon.jit
-def _consume(tensors, numbers, rings, INDEX: gl.constexpr, STAGES: gl.constexpr):
-    """Query rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
-    q, out, lse, tiles, records = tensors
-    q_row, q_head, out_row, out_head, num_rows, heads, num_items, scale_log2, sign = numbers
+def attend(q_MD, rings, used, k_total, scale_log2, STAGES: gl.constexpr):
+    """64 query rows of one item over the ``k_total`` keys that come from use ``used`` on.
+
+    Returns the output before it is divided by the sum, the maximum and the sum of its rows, and the use after its keys.
+    """
     k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     BLOCK_D: gl.constexpr = k_smem.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    last = (k_total + BLOCK_N - 1) // BLOCK_N - 1
+    acc_MD = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+    max_M = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    sum_M = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
+    if last >= 0:
+        await_use(full_k, used, STAGES)
+        logits_MN = warpgroup_mma_wait(0, deps=(begin_product(q_MD, k_smem, used, STAGES),))
+        complete_use(empty_k, used, STAGES)
+        for step in range(last):  # all full: only the last tile of a record may not be
+            acc_MD, logits_MN, max_M, sum_M = _step(
+                acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used + step, scale_log2, STAGES
+            )
+        used += last
+        left = k_total - last * BLOCK_N
+        acc_MD, max_M, sum_M = _begin_values(
+            acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, left, scale_log2, STAGES, True
+        )
+        acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))
+        complete_use(empty_v, used, STAGES)
+        used += 1
+    else:  # rows outside every segment
+        sum_M += 1.0
+        max_M = gl.zeros_like(max_M)
+    return acc_MD, max_M, sum_M, used
+
+
+@gluon.jit
+def write_output(acc_MD, max_M, sum_M, out, out_row, lse, at, own, scale_log2, dtype: gl.constexpr):
+    """Output and log-sum-exp of one head for the 64 rows from position ``at`` of a record on."""
+    BLOCK_D: gl.constexpr = acc_MD.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    patch, patches, prefix, total = own
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    i = at + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    ok_M = i < total
+    rows_M = row_of(i, patch, patches, prefix)
+    lse_M = gl.convert_layout((max_M * scale_log2 + gl.log2(sum_M)) * LN_2, gl.SliceLayout(1, layout))
+    gl.store(lse + rows_M, lse_M, mask=ok_M)
+    acc_MD = acc_MD / gl.convert_layout(sum_M, gl.SliceLayout(1, acc_MD.type.layout))[:, None]
+    store_rows(out, rows_M, out_row, d, ok_M, gl.convert_layout(acc_MD.to(dtype), layout))
+
+
+@gluon.jit
+def _consume(tensors, numbers, rings, INDEX: gl.constexpr, STAGES: gl.constexpr):
+    """Query rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
+    q, out, lse, tiles, records = tensors
+    q_row, q_head, out_row, out_head, num_rows, heads, num_items, scale_log2, sign = numbers
+    k_smem = rings[0]
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    BLOCK_D: gl.constexpr = k_smem.shape[2]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
     m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
@@ -97,43 +149,17 @@ def _consume(tensors, numbers, rings, INDEX: gl.constexpr, STAGES: gl.constexpr)
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         head, start, own, met = item_of(tiles, records, item, heads)
         q_patch, q_patches, q_prefix, q_total = own
-        _, _, _, k_total = met
-        last = (k_total + BLOCK_N - 1) // BLOCK_N - 1
-
+        k_total = met[3]
         i = start + INDEX * ROWS + m
-        ok_M = i < q_total
         rows_M = row_of(i, q_patch, q_patches, q_prefix)
         # In registers: a product of 64 x 64 with both sides in shared memory asks for all that it can give.
-        q_MD = (load_rows(q + head * q_head, rows_M, q_row, d, ok_M) * sign).to(k_smem.dtype)
+        q_MD = (load_rows(q + head * q_head, rows_M, q_row, d, i < q_total) * sign).to(k_smem.dtype)
         q_MD = gl.convert_layout(q_MD, gl.DotOperandLayout(0, s_layout, 2))
-
-        acc_MD = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
-        max_M = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-        sum_M = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
-        if last >= 0:
-            await_use(full_k, used, STAGES)
-            logits_MN = warpgroup_mma_wait(0, deps=(begin_product(q_MD, k_smem, used, STAGES),))
-            complete_use(empty_k, used, STAGES)
-            for step in range(last):  # all full: only the last tile of a record may not be
-                acc_MD, logits_MN, max_M, sum_M = _step(
-                    acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used + step, scale_log2, STAGES
-                )
-            used += last
-            left = k_total - last * BLOCK_N
-            acc_MD, max_M, sum_M = _begin_values(
-                acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, left, scale_log2, STAGES, True
-            )
-            acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))
-            complete_use(empty_v, used, STAGES)
-            used += 1
-        else:  # rows outside every segment
-            sum_M += 1.0
-            max_M = gl.zeros_like(max_M)
-
-        lse_M = gl.convert_layout((max_M * scale_log2 + gl.log2(sum_M)) * LN_2, gl.SliceLayout(1, row_layout))
-        gl.store(lse + head * num_rows + rows_M, lse_M, mask=ok_M)
-        acc_MD = acc_MD / gl.convert_layout(sum_M, gl.SliceLayout(1, o_layout))[:, None]
-        store_rows(out + head * out_head, rows_M, out_row, d, ok_M, gl.convert_layout(acc_MD.to(k_smem.dtype), row_layout))
+        acc_MD, max_M, sum_M, used = attend(q_MD, rings, used, k_total, scale_log2, STAGES)
+        write_output(
+            acc_MD, max_M, sum_M, out + head * out_head, out_row, lse + head * num_rows, start + INDEX * ROWS, own,
+            scale_log2, k_smem.dtype,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["num_rows", "heads", "num_items"])  # they change with every batch

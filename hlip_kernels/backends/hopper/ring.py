@@ -87,11 +87,15 @@ def make_rings(
 
 
 @gluon.jit
-def make_statistics(lse, delta, num_rows, STAGES: gl.constexpr, BLOCK: gl.constexpr):
-    """Where the two float32 statistics of every row come from, ``(H, R)``, and room for those of a ring's rows."""
+def make_statistics(lse, source, num_rows, STAGES: gl.constexpr, BLOCK: gl.constexpr):
+    """Where the two float32 statistics of every row come from, and room for those of a ring's rows.
+
+    Log-sum-exp is ``(H, R)``. Delta comes from memory, ``source = (delta,)``, ``(H, R)`` too, or is computed, ``source = (out,
+    out_row, out_head, grad_out, do_row, do_head, lse_gradient)``, the last ``(grad_lse, dlse_row, dlse_head)`` or empty.
+    """
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], layout)
-    return lse, delta, num_rows, lse_smem, gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], layout)
+    return lse, source, num_rows, lse_smem, gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], layout)
 
 
 @gluon.jit
@@ -131,45 +135,75 @@ def produce_by_tma(desc, row, column, smem, full, empty, i, STAGES: gl.constexpr
 
 
 @gluon.jit
-def produce_by_address(
-    base, row_stride, at, patch, patches, prefix, total, smem, full, empty, i, STAGES: gl.constexpr, PART: gl.constexpr
-):
-    """Loads use ``i``: positions ``at`` and on of a record's rows, zeros from ``total`` on.
-
-    ``PART`` rows at a time, so that few registers hold them on their way. Zeros, because what lies beyond the record in memory
-    may be NaN, and a probability of 0 times NaN is NaN.
-    """
-    BLOCK: gl.constexpr = smem.shape[1]
-    BLOCK_D: gl.constexpr = smem.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
-    n = gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
-    tile = smem.index(i % STAGES)
+def produce_by_address(base, row_stride, at, record_rows, smem, full, empty, i, STAGES: gl.constexpr, PART: gl.constexpr):
+    """Loads use ``i``: positions ``at`` and on of a record's rows."""
     await_round_before(empty, i, STAGES)
-    for part in gl.static_range(BLOCK // PART):
-        position = at + part * PART + n
-        rows = row_of(position, patch, patches, prefix)
-        tile.slice(part * PART, PART).store(load_rows(base, rows, row_stride, d, position < total))
+    copy_tile(base, row_stride, at, record_rows, smem.index(i % STAGES), PART)
     fence_async_shared()
     complete_use(full, i, STAGES)
 
 
 @gluon.jit
-def load_statistics(of, head, at, met, BLOCK: gl.constexpr):
-    """Log-sum-exp in base 2 and delta of positions ``at`` and on. Beyond the record zeros, as its rows are: nothing to add."""
-    lse, delta, num_rows, _, _ = of
-    patch, patches, prefix, total = met
-    i = at + gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    rows = head * num_rows + row_of(i, patch, patches, prefix)
-    lse_M = gl.load(lse + rows, mask=i < total, other=0.0)
-    return lse_M * LOG2_E, gl.load(delta + rows, mask=i < total, other=0.0)
+def copy_tile(base, row_stride, at, record_rows, tile, PART: gl.constexpr):
+    """Loads positions ``at`` and on of a record's rows, zeros past its end. Products may read them after a fence.
+
+    ``PART`` rows at a time, so that few registers hold them on their way. Zeros, because what lies beyond the record in memory
+    may be NaN, and a probability of 0 times NaN is NaN.
+    """
+    patch, patches, prefix, total = record_rows
+    BLOCK_D: gl.constexpr = tile.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    n = gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
+    for part in gl.static_range(tile.shape[0] // PART):
+        position = at + part * PART + n
+        rows = row_of(position, patch, patches, prefix)
+        tile.slice(part * PART, PART).store(load_rows(base, rows, row_stride, d, position < total))
 
 
 @gluon.jit
-def produce_statistics(of, lse_M, delta_M, full, i, STAGES: gl.constexpr):
+def load_statistics(of, head, at, met, BLOCK: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Log-sum-exp in base 2 of positions ``at`` and on, and delta or what it is made of.
+
+    Beyond the record zeros, as its rows are: nothing to add.
+    """
+    lse, source, num_rows, _, _ = of
+    patch, patches, prefix, total = met
+    if len(source) == 1:
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    else:
+        row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+        layout: gl.constexpr = gl.SliceLayout(1, row_layout)
+    i = at + gl.arange(0, BLOCK, layout=layout)
+    ok_M = i < total
+    rows_M = row_of(i, patch, patches, prefix)
+    places_M = head * num_rows + rows_M
+    lse_log2_M = gl.load(lse + places_M, mask=ok_M, other=0.0) * LOG2_E
+    if len(source) == 1:
+        found = (lse_log2_M, gl.load(source[0] + places_M, mask=ok_M, other=0.0))
+    else:
+        out, out_row, out_head, grad_out, do_row, do_head, grad_lse = source
+        d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
+        out_MD = load_rows(out + head * out_head, rows_M, out_row, d, ok_M)
+        do_MD = load_rows(grad_out + head * do_head, rows_M, do_row, d, ok_M)
+        if len(grad_lse) > 0:
+            dlse, dlse_row, dlse_head = grad_lse
+            dlse_M = gl.load(dlse + head * dlse_head + rows_M.to(gl.int64) * dlse_row, mask=ok_M, other=0.0)
+        else:
+            dlse_M = gl.zeros_like(lse_log2_M)
+        found = (lse_log2_M, dlse_M, out_MD, do_MD)
+    return found
+
+
+@gluon.jit
+def produce_statistics(of, found, full, i, STAGES: gl.constexpr):
     """Hands over the statistics of use ``i``, whose tile this program may write."""
     _, _, _, lse_smem, delta_smem = of
-    lse_smem.index(i % STAGES).store(lse_M)
+    lse_smem.index(i % STAGES).store(found[0])
+    if len(found) == 2:
+        delta_M = found[1]
+    else:
+        delta_M = gl.sum(found[3].to(gl.float32) * found[2].to(gl.float32), 1) - found[1]
     delta_smem.index(i % STAGES).store(delta_M)
     complete_use(full, i, STAGES)
 
@@ -178,31 +212,42 @@ def produce_statistics(of, lse_M, delta_M, full, i, STAGES: gl.constexpr):
 def produce(sources, rings, numbers, statistics, STAGES: gl.constexpr, PART: gl.constexpr):
     """Tiles of two tensors, ``a`` and ``b``, for every item of this program: the rows that the item's record lists last.
 
-    Forward and dQ go over keys and values, dK and dV over queries and the gradient of the output; these bring ``statistics``,
-    ``(lse, delta, num_rows, lse_smem, delta_smem)``, which are empty for the others.
+    Forward and dQ go over keys and values, dK and dV over queries and the gradient of the output; these bring ``statistics``
+    (:func:`make_statistics`), which are empty for the others.
     """
-    a_desc, b_desc, a, b, tiles, records = sources
-    a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
-    a_row, a_head, b_row, b_head, heads, num_items = numbers
-    BLOCK: gl.constexpr = a_smem.shape[1]
+    tiles, records = sources[4], sources[5]
+    heads, num_items = numbers[4], numbers[5]
     made = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        head, _, _, met = item_of(tiles, records, item, heads)
-        patch, patches, prefix, total = met
-        whole = (patches // BLOCK) * BLOCK
-        a_base, b_base = a + head * a_head, b + head * b_head
-        for at in range(0, whole, BLOCK):
-            if len(statistics) > 0:  # on their way while the tiles before are waited for
-                lse_M, delta_M = load_statistics(statistics, head, at, met, BLOCK)
-            produce_by_tma(a_desc, patch + at, item % heads * a_head, a_smem, full_a, empty_a, made, STAGES)
-            produce_by_tma(b_desc, patch + at, item % heads * b_head, b_smem, full_b, empty_b, made, STAGES)
-            if len(statistics) > 0:
-                produce_statistics(statistics, lse_M, delta_M, full_a, made, STAGES)
-            made += 1
-        for at in range(whole, total, BLOCK):
-            produce_by_address(a_base, a_row, at, patch, patches, prefix, total, a_smem, full_a, empty_a, made, STAGES, PART)
-            if len(statistics) > 0:
-                lse_M, delta_M = load_statistics(statistics, head, at, met, BLOCK)
-                produce_statistics(statistics, lse_M, delta_M, full_a, made, STAGES)
-            produce_by_address(b_base, b_row, at, patch, patches, prefix, total, b_smem, full_b, empty_b, made, STAGES, PART)
-            made += 1
+        _, _, _, met = item_of(tiles, records, item, heads)
+        made = produce_record(sources, rings, numbers, statistics, item % heads, met, made, STAGES, PART)
+
+
+@gluon.jit
+def produce_record(sources, rings, numbers, statistics, number, met, made, STAGES: gl.constexpr, PART: gl.constexpr):
+    """All rows of one record of head ``number``, from use ``made`` on. Returns the use after them."""
+    a_desc, b_desc, a, b, _, _ = sources
+    a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
+    a_row, a_head, b_row, b_head, _, _ = numbers
+    BLOCK: gl.constexpr = a_smem.shape[1]
+    BLOCK_D: gl.constexpr = a_smem.shape[2]
+    patch, patches, _, total = met
+    whole = (patches // BLOCK) * BLOCK
+    head = number.to(gl.int64)
+    a_base, b_base = a + head * a_head, b + head * b_head
+    a_column, b_column = number * a_head, number * b_head
+    for at in range(0, whole, BLOCK):
+        if len(statistics) > 0:  # on their way while the tiles before are waited for
+            found = load_statistics(statistics, head, at, met, BLOCK, BLOCK_D)
+        produce_by_tma(a_desc, patch + at, a_column, a_smem, full_a, empty_a, made, STAGES)
+        produce_by_tma(b_desc, patch + at, b_column, b_smem, full_b, empty_b, made, STAGES)
+        if len(statistics) > 0:
+            produce_statistics(statistics, found, full_a, made, STAGES)
+        made += 1
+    for at in range(whole, total, BLOCK):
+        produce_by_address(a_base, a_row, at, met, a_smem, full_a, empty_a, made, STAGES, PART)
+        if len(statistics) > 0:
+            produce_statistics(statistics, load_statistics(statistics, head, at, met, BLOCK, BLOCK_D), full_a, made, STAGES)
+        produce_by_address(b_base, b_row, at, met, b_smem, full_b, empty_b, made, STAGES, PART)
+        made += 1
+    return made

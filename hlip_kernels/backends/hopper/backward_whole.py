@@ -1,0 +1,217 @@
+"""dQ, dK and dV of short segments for Hopper in Gluon: everything is read once, and five products are made.
+
+A program takes one segment of one head after the other, of at most 256 rows, and holds its keys and values in shared memory,
+those of the next arriving meanwhile. Two consumers own 128 keys each, in two blocks of 64, with dK and dV of both in
+registers. Queries and output gradients pass by once, 32 rows a tile, with delta made on the way. What all blocks make of a tile
+of queries, dS, they leave in shared memory, and a third group multiplies it with all keys: that is dQ, whole, so nothing is
+added up in memory, and the bits are the same every run.
+
+Level patterns only: rows that see anything but their own segment meet several programs.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from .backward_keys import add_query_tile
+from .own import hand_over_own, load_own, make_own, make_own_bars
+from .ring import (
+    ROWS,
+    await_round_before,
+    await_use,
+    complete_use,
+    item_of,
+    make_bars,
+    make_rings,
+    make_statistics,
+    produce_record,
+    row_of,
+    store_rows,
+)
+
+
+@gluon.jit
+def _store_block(base, row_stride, acc_ND, at, own, dtype: gl.constexpr):
+    """Writes 64 rows of a gradient of one head, those from position ``at`` of the record on."""
+    BLOCK_D: gl.constexpr = acc_ND.shape[1]
+    patch, patches, prefix, total = own
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    j = at + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    values = gl.convert_layout(acc_ND.to(dtype), layout)
+    store_rows(base, row_of(j, patch, patches, prefix), row_stride, d, j < total, values)
+
+
+@gluon.jit
+def _pass_by(rings, handed, used, layout: gl.constexpr, INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr):
+    """Query tile ``used`` for a block without rows: nothing but its dS, zeros. There is room: the other block waited for it."""
+    q_smem, _, _, _, empty_q, empty_do = rings
+    ds_smem, full_ds, _ = handed
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    nothing = gl.zeros([ROWS, BLOCK_M], q_smem.dtype, layout)
+    ds_smem.index(used % DS_STAGES).slice(INDEX * ROWS, ROWS).store(nothing)
+    fence_async_shared()
+    complete_use(full_ds, used, DS_STAGES)
+    complete_use(empty_q, used, STAGES)
+    complete_use(empty_do, used, STAGES)
+
+
+@gluon.jit
+def _consume(
+    tensors, numbers, owned, rings, statistics, handed,
+    INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, OWN_STAGES: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of blocks ``INDEX`` and ``INDEX + 2`` of every item of this program."""
+    dk, dv, tiles, records = tensors
+    dk_row, dk_head, dv_row, dv_head, heads, num_items, scale, scale_log2 = numbers
+    own_k, own_v, full_own, empty_own = owned
+    q_smem = rings[0]
+    dtype: gl.constexpr = q_smem.dtype
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    BLOCK_D: gl.constexpr = q_smem.shape[2]
+    OTHER: gl.constexpr = INDEX + 2
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
+    used, done = 0, 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        head, start, own, met = item_of(tiles, records, item, heads)
+        k_total, q_total = own[3], met[3]
+        await_use(full_own, done, OWN_STAGES)
+        k_smem, v_smem = own_k.index(done % OWN_STAGES), own_v.index(done % OWN_STAGES)
+        k0, v0 = k_smem.slice(INDEX * ROWS, ROWS), v_smem.slice(INDEX * ROWS, ROWS)
+        k1, v1 = k_smem.slice(OTHER * ROWS, ROWS), v_smem.slice(OTHER * ROWS, ROWS)
+        ok0, ok1 = start + INDEX * ROWS + n < k_total, start + OTHER * ROWS + n < k_total
+        dk0, dv0 = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout), gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+        dk1, dv1 = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout), gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+        for _ in range(0, q_total, BLOCK_M):
+            dk0, dv0 = add_query_tile(
+                dk0, dv0, k0, v0, ok0, rings, statistics, handed, used, scale_log2, INDEX, STAGES, DS_STAGES, False
+            )
+            if OTHER * ROWS < k_total:
+                dk1, dv1 = add_query_tile(
+                    dk1, dv1, k1, v1, ok1, rings, statistics, handed, used, scale_log2, OTHER, STAGES, DS_STAGES
+                )
+            else:
+                _pass_by(rings, handed, used, s_layout, OTHER, STAGES, DS_STAGES)
+            used += 1
+        complete_use(empty_own, done, OWN_STAGES)
+        done += 1
+        dk_base, dv_base = dk + head * dk_head, dv + head * dv_head
+        _store_block(dk_base, dk_row, dk0 * scale, start + INDEX * ROWS, own, dtype)
+        _store_block(dv_base, dv_row, dv0, start + INDEX * ROWS, own, dtype)
+        _store_block(dk_base, dk_row, dk1 * scale, start + OTHER * ROWS, own, dtype)
+        _store_block(dv_base, dv_row, dv1, start + OTHER * ROWS, own, dtype)
+
+
+@gluon.jit
+def _make_dq(
+    dq, tiles, records, numbers, owned, handed, BLOCK_M: gl.constexpr, DS_STAGES: gl.constexpr, OWN_STAGES: gl.constexpr
+):
+    """dQ of every item, transposed (``k' dS``), so that a tile of queries may have fewer rows than a product takes."""
+    dq_row, dq_head, heads, num_items, scale = numbers
+    own_k, full_own, empty_own = owned[0], owned[2], owned[3]
+    ds_smem, full_ds, empty_ds = handed
+    dtype: gl.constexpr = own_k.dtype
+    BLOCK_N: gl.constexpr = own_k.shape[1]
+    BLOCK_D: gl.constexpr = own_k.shape[2]
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    layout: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_D // 8, 256 // BLOCK_D], [1, 4], [0, 1])
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(1, layout))
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+    used, done = 0, 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        head, start, own, met = item_of(tiles, records, item, heads)
+        patch, patches, prefix, total = own
+        q_total = met[3]
+        base = dq + head * dq_head
+        await_use(full_own, done, OWN_STAGES)
+        k_smem = own_k.index(done % OWN_STAGES)
+        for at in range(0, q_total, BLOCK_M):
+            await_use(full_ds, used, DS_STAGES)
+            zero = gl.zeros([BLOCK_D, BLOCK_M], gl.float32, o_layout)
+            ds_NM = ds_smem.index(used % DS_STAGES)
+            dq_DM = warpgroup_mma(k_smem.permute((1, 0)), ds_NM, zero, use_acc=False, is_async=True)
+            dq_DM = warpgroup_mma_wait(0, deps=(dq_DM,))
+            complete_use(empty_ds, used, DS_STAGES)
+            used += 1
+            i = at + m
+            rows_M = row_of(i, patch, patches, prefix).to(gl.int64) * dq_row
+            values = gl.convert_layout((dq_DM * scale).to(dtype), layout)
+            gl.store(base + rows_M[None, :] + d[:, None], values, mask=(i < total)[None, :])
+        complete_use(empty_own, done, OWN_STAGES)
+        done += 1
+        if q_total == 0:  # rows outside every segment
+            for at in range(start, gl.minimum(total, start + BLOCK_N), BLOCK_M):
+                i = at + m
+                rows_M = row_of(i, patch, patches, prefix).to(gl.int64) * dq_row
+                nothing = gl.zeros([BLOCK_D, BLOCK_M], dtype, layout)
+                gl.store(base + rows_M[None, :] + d[:, None], nothing, mask=(i < total)[None, :])
+
+
+@gluon.jit
+def _produce(
+    own_sources, sources, own_numbers, numbers, owned, rings, statistics,
+    STAGES: gl.constexpr, PART: gl.constexpr, OWN_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Keys and values of every item, zeros past its end, then its queries, output gradients and statistics."""
+    k_desc, v_desc, k, v = own_sources
+    tiles, records = sources[4], sources[5]
+    k_row, k_head, v_row, v_head = own_numbers
+    heads, num_items = numbers[4], numbers[5]
+    own_k, own_v, full_own, empty_own = owned
+    made, done = 0, 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        head, start, own, met = item_of(tiles, records, item, heads)
+        number = item % heads
+        await_round_before(empty_own, done, OWN_STAGES)
+        bar = full_own.index(done % OWN_STAGES)
+        k_place, v_place = own_k.index(done % OWN_STAGES), own_v.index(done % OWN_STAGES)
+        copied = load_own(k_desc, k + head * k_head, k_row, number * k_head, start, own, k_place, bar, PART)
+        copied += load_own(v_desc, v + head * v_head, v_row, number * v_head, start, own, v_place, bar, PART)
+        hand_over_own(full_own, done, copied, OWN_STAGES)
+        done += 1
+        made = produce_record(sources, rings, numbers, statistics, number, met, made, STAGES, PART)
+
+
+@gluon.jit(do_not_specialize=["dlse_head", "num_rows", "heads", "num_items"])  # they change with every batch
+def attention_backward_whole(
+    q_desc, do_desc, k_desc, v_desc, q, k, v, out, grad_out, lse, grad_lse, dq, dk, dv, tiles, records,
+    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, do_row, do_head, dlse_head, dlse_row,
+    dq_row, dq_head, dk_row, dk_head, dv_row, dv_head, num_rows, heads, num_items, scale, scale_log2,
+    HAS_GRAD_LSE: gl.constexpr, OWN_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, REDUCER_REGISTERS: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """All gradients of segments of at most 256 rows. An item is a segment of a head, a tile of the ring ``BLOCK_N`` queries."""
+    dtype: gl.constexpr = q_desc.dtype
+    BLOCKS: gl.constexpr = 2 * CONSUMERS
+    own_k, own_v = make_own(dtype, BLOCK_D, BLOCKS, OWN_STAGES), make_own(dtype, BLOCK_D, BLOCKS, OWN_STAGES)
+    full_own, empty_own = make_own_bars(own_k, BLOCK_N, 2, CONSUMERS + 1, OWN_STAGES)
+    owned = (own_k, own_v, full_own, empty_own)
+    rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, True)
+    if HAS_GRAD_LSE:
+        lse_gradient = (grad_lse, dlse_row, dlse_head)
+    else:
+        lse_gradient = ()
+    source = (out, out_row, out_head, grad_out, do_row, do_head, lse_gradient)
+    statistics = make_statistics(lse, source, num_rows, STAGES, BLOCK_N)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCKS * ROWS, BLOCK_N], dtype)
+    ds_smem = gl.allocate_shared_memory(dtype, [DS_STAGES, BLOCKS * ROWS, BLOCK_N], ds_layout)
+    handed = (ds_smem, make_bars(DS_STAGES, CONSUMERS), make_bars(DS_STAGES, 1))
+    own_sources, own_strides = (k_desc, v_desc, k, v), (k_row, k_head, v_row, v_head)
+    sources = (q_desc, do_desc, q, grad_out, tiles, records)
+    strides = (q_row, q_head, do_row, do_head, heads, num_items)
+    tensors = (dk, dv, tiles, records)
+    numbers = (dk_row, dk_head, dv_row, dv_head, heads, num_items, scale, scale_log2)
+    sums = (dq_row, dq_head, heads, num_items, scale)
+    gl.static_assert(CONSUMERS == 2)
+    gl.warp_specialize(
+        [
+            (_consume, (tensors, numbers, owned, rings, statistics, handed, 0, STAGES, DS_STAGES, OWN_STAGES)),
+            (_consume, (tensors, numbers, owned, rings, statistics, handed, 1, STAGES, DS_STAGES, OWN_STAGES)),
+            (_make_dq, (dq, tiles, records, sums, owned, handed, BLOCK_N, DS_STAGES, OWN_STAGES)),
+            (_produce, (own_sources, sources, own_strides, strides, owned, rings, statistics, STAGES, PART, OWN_STAGES)),
+        ],
+        [4, 4, 4], [CONSUMER_REGISTERS, REDUCER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
