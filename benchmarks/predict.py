@@ -13,9 +13,11 @@ import torch
 
 from benchmarks import workloads
 from hlip_kernels.backends.cuda import max_rows
+from hlip_kernels.backends.hopper.config import HEAD_DIMS
 from hlip_kernels.backends.triton.config import FUSED_FROM
 from hlip_kernels.pattern import Plan
 from hlip_kernels.performance import RATES, predict
+from hlip_kernels.performance_hopper import predict_hopper
 from hlip_kernels.performance_short import predict_short
 
 
@@ -38,6 +40,8 @@ def table(gpu: str) -> str:
                 models["CUDA"] = predict_short
             if longest >= FUSED_FROM:
                 models["Triton, fast"] = partial(predict, deterministic=False)
+            if rates.family == "hopper" and w.head_dim in HEAD_DIMS:
+                models["Hopper"] = predict_hopper
             for backward in (False, True):
                 for kernels, model in models.items():
                     if kernels == "Triton, fast" and not backward:  # the same

@@ -198,6 +198,7 @@ class Played:
         seconds: with the order of the kernels played out. overlapped: with the busiest unit busy all the time.
         serial: with the units one after the other (shared memory is read by the products themselves).
         binds: the busiest unit, or ``"memory"``. balance: mean busy time of a multiprocessor over that of the last to finish.
+        useful: real logits over computed ones.
     """
 
     seconds: float
@@ -205,12 +206,13 @@ class Played:
     serial: float
     binds: str
     balance: float
+    useful: float
 
     def __add__(self, other: Played) -> Played:
         longer = max(self, other, key=lambda p: p.seconds)
         return Played(
             self.seconds + other.seconds, self.overlapped + other.overlapped, self.serial + other.serial,
-            longer.binds, longer.balance,
+            longer.binds, longer.balance, longer.useful,
         )  # fmt: skip
 
 
@@ -242,24 +244,39 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
         config.rows, torch.device("cpu"), transposed=kernel in ("attention_backward_dkdv", "attention_backward_fused")
     )
     rows = records.numpy().astype(np.int64)[tiles.numpy()[:, 0]]
+    met = rows[:, K_PATCHES] + rows[:, K_PREFIXES]
+    own = np.minimum(rows[:, Q_PATCHES] + rows[:, Q_PREFIXES] - tiles.numpy()[:, 1], config.rows)
     whole = rows[:, K_PATCHES] // config.block
-    steps = whole + -(-(rows[:, K_PATCHES] + rows[:, K_PREFIXES] - whole * config.block) // config.block)
-    blocks = -(-(rows[:, Q_PATCHES] + rows[:, Q_PREFIXES]) // (ROWS * config.consumers))  # that a consumer has rows for
-    items = np.repeat(
-        steps * blocks.clip(1, config.own_blocks), heads
-    )  # all heads of a tile one after the other, dealt out in turn
-    programs = np.arange(len(items)) % rates.multiprocessors
-    dealt = np.bincount(programs, weights=items, minlength=rates.multiprocessors)
-    between = ITEM.get(kernel, 0) * np.bincount(programs, minlength=1).max() / rates.clock
-    clocks = units(kernel, config, head_dim, rates)
+    steps = whole + -(-(met - whole * config.block) // config.block)
+    steps *= (-(-own // (ROWS * config.consumers))).clip(1, config.own_blocks)  # blocks that a consumer has rows for
+    busy = np.full(len(own), config.consumers)
+    if kernel == "attention_forward_whole":  # consumers without rows let the keys pass by
+        busy = (-(-own // ROWS)).clip(1, config.consumers)
+
+    def dealt(clocks) -> np.ndarray:
+        """Clocks of every multiprocessor, given those of a step by how many consumers are busy."""
+        items = np.repeat(steps * np.array([clocks.get(n, 0.0) for n in range(config.consumers + 1)])[busy], heads)
+        programs = np.arange(len(items)) % rates.multiprocessors  # all heads of a tile one after the other, dealt in turn
+        return np.bincount(programs, weights=items, minlength=rates.multiprocessors)
+
+    configs = {int(n): replace(config, consumers=int(n)) for n in np.unique(busy)}
+    by_unit = {n: units(kernel, c, head_dim, rates) for n, c in configs.items()}
+    names = list(next(iter(by_unit.values()), {"matrix": 0.0}))
+    clocks = {unit: dealt({n: found[unit] for n, found in by_unit.items()}).max() for unit in names}
     binds = max(clocks, key=clocks.__getitem__)
+    played = dealt({n: clocks_per_step(kernel, c, head_dim, rates) for n, c in configs.items()})
+    serial = sum(count for unit, count in clocks.items() if unit != "shared memory")
+    between = ITEM.get(kernel, 0) * -(-len(own) * heads // rates.multiprocessors)
     memory = TENSORS.get(kernel, 6) * plan.num_rows * heads * head_dim * dtype.itemsize / rates.bandwidth
-    played = between + dealt.max() * clocks_per_step(kernel, config, head_dim, rates) / rates.clock
-    overlapped = dealt.max() * clocks[binds] / rates.clock
-    serial = between + dealt.max() * (sum(clocks.values()) - clocks["shared memory"]) / rates.clock
-    balance = float(dealt.mean() / dealt.max()) if len(items) else 1.0
-    seconds = (float(max(time, memory)) + LAUNCH for time in (played, overlapped, serial))
-    return Played(*seconds, binds if overlapped > memory else "memory", balance)
+    overlapped = clocks[binds] / rates.clock
+    seconds = ((between + played.max()) / rates.clock, overlapped, (between + serial) / rates.clock)
+    computed = ROWS * config.block * float((steps * busy).sum())
+    return Played(
+        *(float(max(time, memory)) + LAUNCH for time in seconds),
+        binds if overlapped > memory else "memory",
+        balance=float(played.mean() / played.max()) if played.any() else 1.0,
+        useful=float((own * met).sum()) / computed if computed else 1.0,
+    )
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ CASES = {
     "far": Case([[[130, 65]]], 1, "scan"),
     "short": Case([[[196, 60, 33, 254], [100]]], 2, "slice"),
     "dead rows": Case([[[60, 33], [5]]], 2, "scan"),
-    "very short": Case([[[100, 33, 70]]], 2, "slice"),
+    "very short": Case([[[100, 33, 70, 100, 90, 60, 120, 100, 110]]], 2, "slice"),
     "short and far": Case([[[130, 65]]], 1, "slice"),
 }
 # What is reported; several reports where the order of things decides which shows first.
@@ -134,6 +134,12 @@ MUTANTS = [
      "own_q.index((done + 1) % OWN_STAGES).slice"),
     ("forward_whole", "fw", "all consumers on the same queries", "short", WRONG, "slice(INDEX * ROWS, ROWS)", "slice(0, ROWS)"),
     ("forward_whole", "fw", "no sign", "negative", WRONG, "q_MD * sign", "q_MD * 1.0"),
+    ("forward_whole", "fw", "keys not given back by who has no rows", "very short", STUCK,
+     "        complete_use(empty_k, used, STAGES)\n", ""),
+    ("forward_whole", "fw", "keys given back before they came", "short", f"{RACE}|{STUCK}|after the read|more often",
+     "        await_use(full_k, used, STAGES)\n        complete_use(empty_k, used, STAGES)\n"
+     "        await_use(full_v, used, STAGES)\n",
+     "        complete_use(empty_k, used, STAGES)\n"),
     ("forward_whole", "fw", "given back by three of four", "short", f"{RACE}|after the read|more often",
      "1, CONSUMERS, OWN_STAGES",
      "1, CONSUMERS - 1, OWN_STAGES"),

@@ -13,6 +13,20 @@ from .ring import ROWS, await_round_before, await_use, complete_use, item_of, ma
 
 
 @gluon.jit
+def _pass_by(rings, used, k_total, STAGES: gl.constexpr):
+    """Keys and values of an item of which this consumer has no rows: given back as they come. Returns the use after them."""
+    k_smem, _, full_k, full_v, empty_k, empty_v = rings
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    for _ in range(0, k_total, BLOCK_N):
+        await_use(full_k, used, STAGES)
+        complete_use(empty_k, used, STAGES)
+        await_use(full_v, used, STAGES)
+        complete_use(empty_v, used, STAGES)
+        used += 1
+    return used
+
+
+@gluon.jit
 def _consume(tensors, numbers, owned, rings, INDEX: gl.constexpr, STAGES: gl.constexpr, OWN_STAGES: gl.constexpr):
     """Query rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
     out, lse, tiles, records = tensors
@@ -31,11 +45,14 @@ def _consume(tensors, numbers, owned, rings, INDEX: gl.constexpr, STAGES: gl.con
         complete_use(empty_own, done, OWN_STAGES)
         done += 1
         q_MD = (q_MD * sign).to(dtype)
-        acc_MD, max_M, sum_M, used = attend(q_MD, rings, used, k_total, scale_log2, STAGES)
-        write_output(
-            acc_MD, max_M, sum_M, out + head * out_head, out_row, lse + head * num_rows, start + INDEX * ROWS, own,
-            scale_log2, dtype,
-        )  # fmt: skip
+        at = start + INDEX * ROWS
+        if at < own[3]:
+            acc_MD, max_M, sum_M, used = attend(q_MD, rings, used, k_total, scale_log2, STAGES)
+            write_output(
+                acc_MD, max_M, sum_M, out + head * out_head, out_row, lse + head * num_rows, at, own, scale_log2, dtype
+            )
+        else:
+            used = _pass_by(rings, used, k_total, STAGES)
 
 
 @gluon.jit
