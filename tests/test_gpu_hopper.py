@@ -81,6 +81,25 @@ def test_patterns(layout, options):
     compare("hopper", layout, "slice", torch.bfloat16, 64, deterministic=False, **options)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by tiles"])
+def test_short_segments_of_every_length(monkeypatch, whole):
+    """And the same bits with several for each place of a multiprocessor, whatever is next beside them."""
+    monkeypatch.setattr(BACKENDS["hopper"], "whole", whole, raising=False)
+    lengths = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 192, 193, 196, 224, 225, 253]
+    layouts = [Layout.from_lengths(n * lengths, num_prefix=2, levels=("slice",), row_multiple=64).to("cuda") for n in (1, 4)]
+    compare("hopper", layouts[0], "slice", torch.bfloat16, 64)
+    layout = layouts[1]
+    assert Plan.of(layout.pattern("slice")).longest <= 256 and 4 * len(lengths) * 12 > 4 * 132
+    qkv = torch.randn(layout.num_rows, 3, 12, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    g = torch.randn(layout.num_rows, 12, 64, device="cuda", dtype=torch.bfloat16)
+    first = None
+    for _ in range(20):
+        out = attention(*qkv.unbind(1), layout, "slice", backend="hopper")
+        (grad,) = torch.autograd.grad(out, qkv, g)
+        first = first or (out.detach(), grad)
+        assert torch.equal(out, first[0]) and torch.equal(grad, first[1])
+
+
 @pytest.mark.parametrize("backend", NAMES)
 def test_more_items_than_multiprocessors_and_the_same_bits(backend):
     """Long segments beside short ones, so that programs go from item to item and wait for each other."""

@@ -56,15 +56,15 @@ def cuda() -> None:
 
 
 def long_segments() -> None:
-    """The Hopper kernels and the flash delegate, where they can."""
+    """The Hopper kernels, for long segments and for whole ones, and the flash delegate, where they can."""
     ragged = layout()
     for head_dim in (64, 128):
         qkv = inputs(ragged.num_rows, head_dim, torch.bfloat16)
         query = Query.of(qkv[:, 0], Plan.of(ragged.pattern("study")))
         for backend in ("hopper", "hopper_ordered", "flash"):
             if backend in BACKENDS and BACKENDS[backend].supports(query):
-                for fast in (False, True):
-                    out = attention(*qkv.unbind(1), ragged, "study", backend=backend, deterministic=not fast)
+                for level, fast in (("study", False), ("study", True), ("slice", False)):
+                    out = attention(*qkv.unbind(1), ragged, level, backend=backend, deterministic=not fast)
                     out.float().sum().backward()
                 print(f"{backend} ran at head dim {head_dim}")
 
