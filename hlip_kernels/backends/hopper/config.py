@@ -81,8 +81,8 @@ FORWARD_WHOLE = {
 # Segments of up to 256 rows. Four accumulators of 64 x 64 a consumer leave room for the logits of 32 queries.
 BACKWARD_WHOLE = {
     64: Config(
-        consumers=2, block=32, stages=5, part=16, consumer_registers=200, producer_registers=48,
-        reducer_registers=64, reducer_stages=2, own_stages=2, own_blocks=2,
+        consumers=2, block=32, stages=5, part=16, consumer_registers=200, producer_registers=56,
+        reducer_registers=56, reducer_stages=2, own_stages=2, own_blocks=2,
     ),
 }  # fmt: skip
 KERNELS = {

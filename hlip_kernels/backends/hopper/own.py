@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .ring import ROWS, complete_use, copy_tile, make_bars, tma_load
+from .ring import ROWS, complete_use, load_part, make_bars, tma_load
 
 
 @gluon.jit
@@ -43,7 +43,9 @@ def load_own(desc, base, row_stride, column, start, record_rows, place, bar, PAR
             mbarrier.expect(bar, desc.block_type.nbytes)
             tma_load(desc, [patch + at, column], bar, tile)
         else:
-            copy_tile(base, row_stride, at, record_rows, tile, PART)
+            for piece in gl.static_range(BLOCK // PART):
+                rows = load_part(base, row_stride, at + piece * PART, record_rows, place.shape[1], PART)
+                tile.slice(piece * PART, PART).store(rows)
             copied += 1
     return copied
 

@@ -135,37 +135,43 @@ def produce_by_tma(desc, row, column, smem, full, empty, i, STAGES: gl.constexpr
 
 
 @gluon.jit
-def produce_by_address(base, row_stride, at, record_rows, smem, full, empty, i, STAGES: gl.constexpr, PART: gl.constexpr):
-    """Loads use ``i``: positions ``at`` and on of a record's rows."""
-    await_round_before(empty, i, STAGES)
-    copy_tile(base, row_stride, at, record_rows, smem.index(i % STAGES), PART)
-    fence_async_shared()
-    complete_use(full, i, STAGES)
+def load_part(base, row_stride, at, record_rows, BLOCK_D: gl.constexpr, PART: gl.constexpr):
+    """``PART`` rows of one head from position ``at`` of a record on, zeros past its end.
+
+    Few, so that few registers hold them on their way. Zeros, because what lies beyond the record in memory may be NaN, and a
+    probability of 0 times NaN is NaN.
+    """
+    patch, patches, prefix, total = record_rows
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    position = at + gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
+    return load_rows(base, row_of(position, patch, patches, prefix), row_stride, d, position < total)
 
 
 @gluon.jit
-def copy_tile(base, row_stride, at, record_rows, tile, PART: gl.constexpr):
-    """Loads positions ``at`` and on of a record's rows, zeros past its end. Products may read them after a fence.
-
-    ``PART`` rows at a time, so that few registers hold them on their way. Zeros, because what lies beyond the record in memory
-    may be NaN, and a probability of 0 times NaN is NaN.
-    """
-    patch, patches, prefix, total = record_rows
-    BLOCK_D: gl.constexpr = tile.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
-    n = gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
-    for part in gl.static_range(tile.shape[0] // PART):
-        position = at + part * PART + n
-        rows = row_of(position, patch, patches, prefix)
-        tile.slice(part * PART, PART).store(load_rows(base, rows, row_stride, d, position < total))
+def produce_by_address(a, a_row, b, b_row, at, met, rings, i, STAGES: gl.constexpr, PART: gl.constexpr):
+    """Loads use ``i`` of both rings: positions ``at`` and on of a record's rows."""
+    a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
+    BLOCK: gl.constexpr = a_smem.shape[1]
+    BLOCK_D: gl.constexpr = a_smem.shape[2]
+    a_tile, b_tile = a_smem.index(i % STAGES), b_smem.index(i % STAGES)
+    await_round_before(empty_a, i, STAGES)
+    await_round_before(empty_b, i, STAGES)
+    for part in gl.static_range(BLOCK // PART):
+        a_part = load_part(a, a_row, at + part * PART, met, BLOCK_D, PART)
+        b_part = load_part(b, b_row, at + part * PART, met, BLOCK_D, PART)
+        a_tile.slice(part * PART, PART).store(a_part)
+        b_tile.slice(part * PART, PART).store(b_part)
+    fence_async_shared()
+    complete_use(full_a, i, STAGES)
+    complete_use(full_b, i, STAGES)
 
 
 @gluon.jit
 def load_statistics(of, head, at, met, BLOCK: gl.constexpr, BLOCK_D: gl.constexpr):
-    """Log-sum-exp in base 2 of positions ``at`` and on, and delta or what it is made of.
+    """Log-sum-exp of positions ``at`` and on, and delta or what it is made of.
 
-    Beyond the record zeros, as its rows are: nothing to add.
+    Nothing is computed of them here, so nobody waits for them yet. Beyond the record zeros, as its rows are: nothing to add.
     """
     lse, source, num_rows, _, _ = of
     patch, patches, prefix, total = met
@@ -178,9 +184,9 @@ def load_statistics(of, head, at, met, BLOCK: gl.constexpr, BLOCK_D: gl.constexp
     ok_M = i < total
     rows_M = row_of(i, patch, patches, prefix)
     places_M = head * num_rows + rows_M
-    lse_log2_M = gl.load(lse + places_M, mask=ok_M, other=0.0) * LOG2_E
+    lse_M = gl.load(lse + places_M, mask=ok_M, other=0.0)
     if len(source) == 1:
-        found = (lse_log2_M, gl.load(source[0] + places_M, mask=ok_M, other=0.0))
+        found = (lse_M, gl.load(source[0] + places_M, mask=ok_M, other=0.0))
     else:
         out, out_row, out_head, grad_out, do_row, do_head, grad_lse = source
         d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
@@ -190,16 +196,16 @@ def load_statistics(of, head, at, met, BLOCK: gl.constexpr, BLOCK_D: gl.constexp
             dlse, dlse_row, dlse_head = grad_lse
             dlse_M = gl.load(dlse + head * dlse_head + rows_M.to(gl.int64) * dlse_row, mask=ok_M, other=0.0)
         else:
-            dlse_M = gl.zeros_like(lse_log2_M)
-        found = (lse_log2_M, dlse_M, out_MD, do_MD)
+            dlse_M = gl.zeros_like(lse_M)
+        found = (lse_M, dlse_M, out_MD, do_MD)
     return found
 
 
 @gluon.jit
 def produce_statistics(of, found, full, i, STAGES: gl.constexpr):
-    """Hands over the statistics of use ``i``, whose tile this program may write."""
+    """Hands over the statistics of use ``i``, log-sum-exp in base 2. Its tile must be one that this program may write."""
     _, _, _, lse_smem, delta_smem = of
-    lse_smem.index(i % STAGES).store(found[0])
+    lse_smem.index(i % STAGES).store(found[0] * LOG2_E)
     if len(found) == 2:
         delta_M = found[1]
     else:
@@ -236,18 +242,19 @@ def produce_record(sources, rings, numbers, statistics, number, met, made, STAGE
     head = number.to(gl.int64)
     a_base, b_base = a + head * a_head, b + head * b_head
     a_column, b_column = number * a_head, number * b_head
+    if len(statistics) > 0:  # always on their way a tile ahead
+        found = load_statistics(statistics, head, 0, met, BLOCK, BLOCK_D)
     for at in range(0, whole, BLOCK):
-        if len(statistics) > 0:  # on their way while the tiles before are waited for
-            found = load_statistics(statistics, head, at, met, BLOCK, BLOCK_D)
         produce_by_tma(a_desc, patch + at, a_column, a_smem, full_a, empty_a, made, STAGES)
         produce_by_tma(b_desc, patch + at, b_column, b_smem, full_b, empty_b, made, STAGES)
         if len(statistics) > 0:
             produce_statistics(statistics, found, full_a, made, STAGES)
+            found = load_statistics(statistics, head, at + BLOCK, met, BLOCK, BLOCK_D)
         made += 1
     for at in range(whole, total, BLOCK):
-        produce_by_address(a_base, a_row, at, met, a_smem, full_a, empty_a, made, STAGES, PART)
+        produce_by_address(a_base, a_row, b_base, b_row, at, met, rings, made, STAGES, PART)
         if len(statistics) > 0:
-            produce_statistics(statistics, load_statistics(statistics, head, at, met, BLOCK, BLOCK_D), full_a, made, STAGES)
-        produce_by_address(b_base, b_row, at, met, b_smem, full_b, empty_b, made, STAGES, PART)
+            produce_statistics(statistics, found, full_a, made, STAGES)
+            found = load_statistics(statistics, head, at + BLOCK, met, BLOCK, BLOCK_D)
         made += 1
     return made
