@@ -1,12 +1,14 @@
 """The model that plays out the Hopper kernels' order: between its bounds, and right where the answer is plain."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hlip_kernels import Layout
-from hlip_kernels.backends.hopper.config import FORWARD, KERNELS, Config
+from hlip_kernels.backends.hopper.config import BACKWARD_WHOLE, FORWARD, FORWARD_WHOLE, KERNELS, Config
 from hlip_kernels.performance import LAUNCH, RATES
-from hlip_kernels.performance_hopper import BARRIER, PRODUCT_LATENCY, STEPS, clocks_per_step, predict_hopper, units
+from hlip_kernels.performance_hopper import BARRIER, ITEM, PRODUCT_LATENCY, STEPS, clocks_per_step, predict_hopper, units
 
 H200 = RATES["H200"]
 
@@ -64,6 +66,31 @@ def test_time_of_one_segment_counted_by_hand():
         steps * clocks_per_step("attention_forward", FORWARD[64], 64, H200) / H200.clock + LAUNCH
     )
     assert found.balance == pytest.approx(1.0) and found.overlapped <= found.seconds < found.serial
+
+
+def test_time_of_whole_segments_counted_by_hand():
+    """40 items a multiprocessor, of 198 rows: seven tiles of 32, each consumer with one block of queries, or two of keys."""
+    layout = Layout.from_lengths([198] * (40 * 132), levels=("segment",))
+    slow = replace(H200, bandwidth=1e15)  # so that bytes take no time
+    rest = {"heads": 1, "head_dim": 64, "dtype": torch.bfloat16, "rates": slow}
+    for kernel, table, blocks in (
+        ("attention_forward_whole", FORWARD_WHOLE, 1), ("attention_backward_whole", BACKWARD_WHOLE, 2),
+    ):  # fmt: skip
+        found = predict_hopper(layout, "segment", **rest, backward="backward" in kernel)
+        step = clocks_per_step(kernel, table[64], 64, slow)
+        clocks = 40 * (7 * blocks * step + ITEM[kernel])
+        assert found.seconds == pytest.approx(clocks / slow.clock + LAUNCH)
+        busiest = max(units(kernel, table[64], 64, slow).values())
+        assert found.overlapped == pytest.approx(40 * 7 * blocks * busiest / slow.clock + LAUNCH)
+        assert found.useful == pytest.approx(198**2 / (256 * 224)) and found.balance == pytest.approx(1.0)
+    assert predict_hopper(layout, "segment", **rest | {"rates": H200}).binds == "memory"
+
+
+def test_consumers_without_rows_cost_nothing_forward():
+    half, whole = (Layout.from_lengths([n] * 1320, levels=("segment",)) for n in (128, 256))
+    rest = {"heads": 1, "head_dim": 64, "dtype": torch.bfloat16, "rates": replace(H200, bandwidth=1e15)}
+    times = [predict_hopper(layout, "segment", **rest).overlapped - LAUNCH for layout in (half, whole)]
+    assert times[1] == pytest.approx(4 * times[0])  # half the rows, half the keys
 
 
 def test_one_backward_kernel_is_predicted_faster_than_two_and_two_slower_than_forward():
