@@ -39,9 +39,9 @@ def check(row):
     assert row.products > 0 and row.tma_loads == loads, row
     assert 0 < row.shared_memory <= SHARED_MEMORY, row
     # Of triton 3.9, one load a step in each consumer. The rest of those 128 bytes is moved once an item.
-    # Of whole segments, one in each consumer, and one in the loop of the group that makes dQ.
+    # Of whole segments, one in each consumer, and up to eight in the loop of the group that makes dQ, which has time.
     spills = 2 if (row.kernel, row.head_dim) == ("attention_backward_dkdv", 128) or row.kernel in WHOLE else 0
-    reducer = 1 if row.kernel in WHOLE else 0
+    reducer = 8 if row.kernel in WHOLE else 0
     assert row.loop_spills <= spills and row.reducer_spills <= reducer and row.spill_bytes <= 128, row
     assert not row.serialized and not row.unsynchronised, row
     # In the loop of every consumer all exponentials of a tile: a thread has 32 of each 64 x 64.

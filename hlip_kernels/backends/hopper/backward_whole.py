@@ -2,9 +2,9 @@
 
 A program takes one segment of one head after the other, of at most 256 rows, and holds its keys and values in shared memory,
 those of the next arriving meanwhile. Two consumers own 128 keys each, in two blocks of 64, with dK and dV of both in
-registers. Queries and output gradients pass by once, 32 rows a tile, with delta made on the way. What all blocks make of a tile
-of queries, dS, they leave in shared memory, and a third group multiplies it with all keys: that is dQ, whole, so nothing is
-added up in memory, and the bits are the same every run.
+registers. Queries and output gradients pass by once, 32 rows a tile. What all blocks make of a tile of queries, dS, they leave
+in shared memory, and a third group multiplies it with all keys: that is dQ, whole, so nothing is added up in memory, and the
+bits are the same every run. That group also makes delta.
 
 Level patterns only: rows that see anything but their own segment meet several programs.
 """
@@ -21,10 +21,12 @@ from .ring import (
     await_use,
     complete_use,
     item_of,
+    load_statistics,
     make_bars,
     make_rings,
     make_statistics,
     produce_record,
+    produce_statistics,
     row_of,
     store_rows,
 )
@@ -106,9 +108,15 @@ def _consume(
 
 @gluon.jit
 def _make_dq(
-    dq, tiles, records, numbers, owned, handed, BLOCK_M: gl.constexpr, DS_STAGES: gl.constexpr, OWN_STAGES: gl.constexpr
-):
-    """dQ of every item, transposed (``k' dS``), so that a tile of queries may have fewer rows than a product takes."""
+    dq, tiles, records, numbers, owned, rings, statistics, handed,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, OWN_STAGES: gl.constexpr,
+):  # fmt: skip
+    """dQ of every item, and before that the statistics of its queries, which this group has the time to make.
+
+    It asks for what they are made of two tiles ahead of dQ, and hands them over a tile ahead. dQ comes out transposed
+    (``k' dS``), so that a tile of queries may have fewer rows than a product takes.
+    """
+    full_q, empty_q = rings[2], rings[4]
     dq_row, dq_head, heads, num_items, scale = numbers
     own_k, full_own, empty_own = owned[0], owned[2], owned[3]
     ds_smem, full_ds, empty_ds = handed
@@ -125,9 +133,17 @@ def _make_dq(
         patch, patches, prefix, total = own
         q_total = met[3]
         base = dq + head * dq_head
+        found = load_statistics(statistics, head, 0, met, BLOCK_M, BLOCK_D)
+        if q_total > 0:
+            await_round_before(empty_q, used, STAGES)
+            produce_statistics(statistics, found, full_q, used, STAGES)
+        found = load_statistics(statistics, head, BLOCK_M, met, BLOCK_M, BLOCK_D)
         await_use(full_own, done, OWN_STAGES)
         k_smem = own_k.index(done % OWN_STAGES)
         for at in range(0, q_total, BLOCK_M):
+            if at + BLOCK_M < q_total:
+                await_round_before(empty_q, used + 1, STAGES)
+                produce_statistics(statistics, found, full_q, used + 1, STAGES)
             await_use(full_ds, used, DS_STAGES)
             zero = gl.zeros([BLOCK_D, BLOCK_M], gl.float32, o_layout)
             ds_NM = ds_smem.index(used % DS_STAGES)
@@ -139,6 +155,7 @@ def _make_dq(
             rows_M = row_of(i, patch, patches, prefix).to(gl.int64) * dq_row
             values = gl.convert_layout((dq_DM * scale).to(dtype), layout)
             gl.store(base + rows_M[None, :] + d[:, None], values, mask=(i < total)[None, :])
+            found = load_statistics(statistics, head, at + 2 * BLOCK_M, met, BLOCK_M, BLOCK_D)
         complete_use(empty_own, done, OWN_STAGES)
         done += 1
         if q_total == 0:  # rows outside every segment
@@ -151,10 +168,10 @@ def _make_dq(
 
 @gluon.jit
 def _produce(
-    own_sources, sources, own_numbers, numbers, owned, rings, statistics,
+    own_sources, sources, own_numbers, numbers, owned, rings,
     STAGES: gl.constexpr, PART: gl.constexpr, OWN_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Keys and values of every item, zeros past its end, then its queries, output gradients and statistics."""
+    """Keys and values of every item, zeros past its end, then its queries and output gradients."""
     k_desc, v_desc, k, v = own_sources
     tiles, records = sources[4], sources[5]
     k_row, k_head, v_row, v_head = own_numbers
@@ -171,7 +188,7 @@ def _produce(
         copied += load_own(v_desc, v + head * v_head, v_row, number * v_head, start, own, v_place, bar, PART)
         hand_over_own(full_own, done, copied, OWN_STAGES)
         done += 1
-        made = produce_record(sources, rings, numbers, statistics, number, met, made, STAGES, PART)
+        made = produce_record(sources, rings, numbers, (), number, met, made, STAGES, PART)
 
 
 @gluon.jit(do_not_specialize=["dlse_head", "num_rows", "heads", "num_items"])  # they change with every batch
@@ -210,8 +227,8 @@ def attention_backward_whole(
         [
             (_consume, (tensors, numbers, owned, rings, statistics, handed, 0, STAGES, DS_STAGES, OWN_STAGES)),
             (_consume, (tensors, numbers, owned, rings, statistics, handed, 1, STAGES, DS_STAGES, OWN_STAGES)),
-            (_make_dq, (dq, tiles, records, sums, owned, handed, BLOCK_N, DS_STAGES, OWN_STAGES)),
-            (_produce, (own_sources, sources, own_strides, strides, owned, rings, statistics, STAGES, PART, OWN_STAGES)),
+            (_make_dq, (dq, tiles, records, sums, owned, rings, statistics, handed, BLOCK_N, STAGES, DS_STAGES, OWN_STAGES)),
+            (_produce, (own_sources, sources, own_strides, strides, owned, rings, STAGES, PART, OWN_STAGES)),
         ],
         [4, 4, 4], [CONSUMER_REGISTERS, REDUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

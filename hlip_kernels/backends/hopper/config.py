@@ -22,7 +22,7 @@ class Config:
         block: rows of a tile of the ring. stages: tiles of the ring.
         part: rows that the loading group takes at a time where it loads by address.
         consumer_registers, producer_registers: of a thread, multiples of 8; together at most what the card has.
-        reducer_registers: of the group that adds up dQ, if there is one. reducer_stages: tiles handed to it.
+        reducer_registers: of the group that makes or adds up dQ, if there is one. reducer_stages: tiles handed to it.
         own_blocks: blocks of 64 rows that a consumer owns. own_stages: how many tiles of its own rows a program has room for,
             where they come while it is busy with others.
     """
@@ -81,8 +81,8 @@ FORWARD_WHOLE = {
 # Segments of up to 256 rows. Four accumulators of 64 x 64 a consumer leave room for the logits of 32 queries.
 BACKWARD_WHOLE = {
     64: Config(
-        consumers=2, block=32, stages=5, part=16, consumer_registers=200, producer_registers=56,
-        reducer_registers=56, reducer_stages=2, own_stages=2, own_blocks=2,
+        consumers=2, block=32, stages=5, part=16, consumer_registers=200, producer_registers=32,
+        reducer_registers=80, reducer_stages=2, own_stages=2, own_blocks=2,
     ),
 }  # fmt: skip
 KERNELS = {
