@@ -150,6 +150,13 @@ def test_whole_segments_of_every_kind_of_length(length, dtype):
     assert tuple(check_backward(case, "whole", programs=2, seed=length).written) == WHOLE
 
 
+def test_more_rows_outside_every_segment_than_a_place_holds():
+    case = Case([[[3] * 5] * 35], 2, "scan", heads=1)
+    assert case.layout.num_rows - case.layout.prefix_rows("scan").stop > 256
+    check_forward(case, True)
+    assert tuple(check_backward(case, "whole").written) == WHOLE
+
+
 def test_what_is_too_long_is_not_held_whole():
     for length, expected in ((256, WHOLE), (257, SPLIT)):
         plan = Case([[[3, length]]], 0, "slice").plan

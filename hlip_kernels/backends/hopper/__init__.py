@@ -1,4 +1,4 @@
-"""The Hopper backend: Gluon kernels for long segments on sm_90, launched over the tiles of a plan.
+"""The Hopper backend: Gluon kernels on sm_90, for long segments and for short ones, launched over the tiles of a plan.
 
 Importing this never imports triton.
 """
