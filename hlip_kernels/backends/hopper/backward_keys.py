@@ -152,7 +152,7 @@ def attention_backward_dkdv(
     """
     k_smem, v_smem = _make_own(q_desc.dtype, BLOCK_D, CONSUMERS)
     rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, True)
-    statistics = make_statistics(lse, (delta,), num_rows, STAGES, BLOCK_N)
+    statistics = make_statistics(lse, delta, num_rows, STAGES, BLOCK_N)
     sources = (q_desc, do_desc, q, grad_out, tiles, records)
     strides = (q_row, q_head, do_row, do_head, heads, num_items)
     tensors = (k, v, dk, dv, tiles, records)
@@ -224,7 +224,7 @@ def attention_backward_fused(
     """
     k_smem, v_smem = _make_own(q_desc.dtype, BLOCK_D, CONSUMERS)
     rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, True)
-    statistics = make_statistics(lse, (delta,), num_rows, STAGES, BLOCK_N)
+    statistics = make_statistics(lse, delta, num_rows, STAGES, BLOCK_N)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMERS * ROWS, BLOCK_N], q_desc.dtype)
     ds_smem = gl.allocate_shared_memory(q_desc.dtype, [DS_STAGES, CONSUMERS * ROWS, BLOCK_N], ds_layout)
     handed = (ds_smem, make_bars(DS_STAGES, CONSUMERS), make_bars(DS_STAGES, 1))

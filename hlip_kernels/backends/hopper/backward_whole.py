@@ -21,7 +21,7 @@ from .ring import (
     await_use,
     complete_use,
     item_of,
-    load_statistics,
+    load_rows,
     make_bars,
     make_rings,
     make_statistics,
@@ -107,8 +107,44 @@ def _consume(
 
 
 @gluon.jit
+def _ask(sources, numbers, head, at, met, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
+    """What the statistics of positions ``at`` and on are made of: log-sum-exp, its gradient, output and output gradient.
+
+    Nothing is computed of them here, so nobody waits for them yet. Beyond the record zeros, as its rows are: nothing to add.
+    """
+    lse, grad_lse, out, grad_out = sources
+    out_row, out_head, do_row, do_head, dlse_row, dlse_head, num_rows = numbers
+    patch, patches, prefix, total = met
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    i = at + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+    ok_M = i < total
+    rows_M = row_of(i, patch, patches, prefix)
+    lse_M = gl.load(lse + (head * num_rows + rows_M), mask=ok_M, other=0.0)
+    out_MD = load_rows(out + head * out_head, rows_M, out_row, d, ok_M)
+    do_MD = load_rows(grad_out + head * do_head, rows_M, do_row, d, ok_M)
+    if len(grad_lse) > 0:
+        dlse_M = gl.load(grad_lse[0] + head * dlse_head + rows_M.to(gl.int64) * dlse_row, mask=ok_M, other=0.0)
+    else:
+        dlse_M = gl.zeros_like(lse_M)
+    return lse_M, dlse_M, out_MD, do_MD
+
+
+@gluon.jit
+def _hand_over(statistics, found, full_q, i, STAGES: gl.constexpr):
+    """Makes delta of what :func:`_ask` found, and hands over the statistics of use ``i`` of the ring.
+
+    Their place is free: this group has dS of use ``i - 2``, so the consumers are done with use ``i - 3``.
+    """
+    gl.static_assert(STAGES >= 3)
+    lse_M, dlse_M, out_MD, do_MD = found
+    delta_M = gl.sum(do_MD.to(gl.float32) * out_MD.to(gl.float32), 1) - dlse_M
+    produce_statistics(statistics, lse_M, delta_M, full_q, i, STAGES)
+
+
+@gluon.jit
 def _make_dq(
-    dq, tiles, records, numbers, owned, rings, statistics, handed,
+    dq, tiles, records, numbers, made_of, made_of_numbers, owned, rings, statistics, handed,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, OWN_STAGES: gl.constexpr,
 ):  # fmt: skip
     """dQ of every item, and before that the statistics of its queries, which this group has the time to make.
@@ -116,7 +152,7 @@ def _make_dq(
     It asks for what they are made of two tiles ahead of dQ, and hands them over a tile ahead. dQ comes out transposed
     (``k' dS``), so that a tile of queries may have fewer rows than a product takes.
     """
-    full_q, empty_q = rings[2], rings[4]
+    full_q = rings[2]
     dq_row, dq_head, heads, num_items, scale = numbers
     own_k, full_own, empty_own = owned[0], owned[2], owned[3]
     ds_smem, full_ds, empty_ds = handed
@@ -133,17 +169,15 @@ def _make_dq(
         patch, patches, prefix, total = own
         q_total = met[3]
         base = dq + head * dq_head
-        found = load_statistics(statistics, head, 0, met, BLOCK_M, BLOCK_D)
+        found = _ask(made_of, made_of_numbers, head, 0, met, BLOCK_M, BLOCK_D)
         if q_total > 0:
-            await_round_before(empty_q, used, STAGES)
-            produce_statistics(statistics, found, full_q, used, STAGES)
-        found = load_statistics(statistics, head, BLOCK_M, met, BLOCK_M, BLOCK_D)
+            _hand_over(statistics, found, full_q, used, STAGES)
+        found = _ask(made_of, made_of_numbers, head, BLOCK_M, met, BLOCK_M, BLOCK_D)
         await_use(full_own, done, OWN_STAGES)
         k_smem = own_k.index(done % OWN_STAGES)
         for at in range(0, q_total, BLOCK_M):
             if at + BLOCK_M < q_total:
-                await_round_before(empty_q, used + 1, STAGES)
-                produce_statistics(statistics, found, full_q, used + 1, STAGES)
+                _hand_over(statistics, found, full_q, used + 1, STAGES)
             await_use(full_ds, used, DS_STAGES)
             zero = gl.zeros([BLOCK_D, BLOCK_M], gl.float32, o_layout)
             ds_NM = ds_smem.index(used % DS_STAGES)
@@ -155,7 +189,7 @@ def _make_dq(
             rows_M = row_of(i, patch, patches, prefix).to(gl.int64) * dq_row
             values = gl.convert_layout((dq_DM * scale).to(dtype), layout)
             gl.store(base + rows_M[None, :] + d[:, None], values, mask=(i < total)[None, :])
-            found = load_statistics(statistics, head, at + 2 * BLOCK_M, met, BLOCK_M, BLOCK_D)
+            found = _ask(made_of, made_of_numbers, head, at + 2 * BLOCK_M, met, BLOCK_M, BLOCK_D)
         complete_use(empty_own, done, OWN_STAGES)
         done += 1
         if q_total == 0:  # rows outside every segment
@@ -207,12 +241,12 @@ def attention_backward_whole(
     full_own, empty_own = make_own_bars(own_k, BLOCK_N, 2, CONSUMERS + 1, OWN_STAGES)
     owned = (own_k, own_v, full_own, empty_own)
     rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, True)
+    statistics = make_statistics((), (), num_rows, STAGES, BLOCK_N)
     if HAS_GRAD_LSE:
-        lse_gradient = (grad_lse, dlse_row, dlse_head)
+        made_of = (lse, (grad_lse,), out, grad_out)
     else:
-        lse_gradient = ()
-    source = (out, out_row, out_head, grad_out, do_row, do_head, lse_gradient)
-    statistics = make_statistics(lse, source, num_rows, STAGES, BLOCK_N)
+        made_of = (lse, (), out, grad_out)
+    made_of_numbers = (out_row, out_head, do_row, do_head, dlse_row, dlse_head, num_rows)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCKS * ROWS, BLOCK_N], dtype)
     ds_smem = gl.allocate_shared_memory(dtype, [DS_STAGES, BLOCKS * ROWS, BLOCK_N], ds_layout)
     handed = (ds_smem, make_bars(DS_STAGES, CONSUMERS), make_bars(DS_STAGES, 1))
@@ -227,7 +261,11 @@ def attention_backward_whole(
         [
             (_consume, (tensors, numbers, owned, rings, statistics, handed, 0, STAGES, DS_STAGES, OWN_STAGES)),
             (_consume, (tensors, numbers, owned, rings, statistics, handed, 1, STAGES, DS_STAGES, OWN_STAGES)),
-            (_make_dq, (dq, tiles, records, sums, owned, rings, statistics, handed, BLOCK_N, STAGES, DS_STAGES, OWN_STAGES)),
+            (
+                _make_dq,
+                (dq, tiles, records, sums, made_of, made_of_numbers, owned, rings, statistics, handed,
+                 BLOCK_N, STAGES, DS_STAGES, OWN_STAGES),
+            ),
             (_produce, (own_sources, sources, own_strides, strides, owned, rings, STAGES, PART, OWN_STAGES)),
         ],
         [4, 4, 4], [CONSUMER_REGISTERS, REDUCER_REGISTERS, PRODUCER_REGISTERS],

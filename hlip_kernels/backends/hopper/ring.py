@@ -87,15 +87,11 @@ def make_rings(
 
 
 @gluon.jit
-def make_statistics(lse, source, num_rows, STAGES: gl.constexpr, BLOCK: gl.constexpr):
-    """Where the two float32 statistics of every row come from, and room for those of a ring's rows.
-
-    Log-sum-exp is ``(H, R)``. Delta comes from memory, ``source = (delta,)``, ``(H, R)`` too, or is computed, ``source = (out,
-    out_row, out_head, grad_out, do_row, do_head, lse_gradient)``, the last ``(grad_lse, dlse_row, dlse_head)`` or empty.
-    """
+def make_statistics(lse, delta, num_rows, STAGES: gl.constexpr, BLOCK: gl.constexpr):
+    """Where the two float32 statistics of every row come from, ``(H, R)``, and room for those of a ring's rows."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], layout)
-    return lse, source, num_rows, lse_smem, gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], layout)
+    return lse, delta, num_rows, lse_smem, gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], layout)
 
 
 @gluon.jit
@@ -168,48 +164,23 @@ def produce_by_address(a, a_row, b, b_row, at, met, rings, i, STAGES: gl.constex
 
 
 @gluon.jit
-def load_statistics(of, head, at, met, BLOCK: gl.constexpr, BLOCK_D: gl.constexpr):
-    """Log-sum-exp of positions ``at`` and on, and delta or what it is made of.
+def load_statistics(of, head, at, met, BLOCK: gl.constexpr):
+    """Log-sum-exp and delta of positions ``at`` and on. Beyond the record zeros, as its rows are: nothing to add.
 
-    Nothing is computed of them here, so nobody waits for them yet. Beyond the record zeros, as its rows are: nothing to add.
+    Nothing is computed of them here, so nobody waits for them yet.
     """
-    lse, source, num_rows, _, _ = of
+    lse, delta, num_rows, _, _ = of
     patch, patches, prefix, total = met
-    if len(source) == 1:
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    else:
-        row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-        layout: gl.constexpr = gl.SliceLayout(1, row_layout)
-    i = at + gl.arange(0, BLOCK, layout=layout)
-    ok_M = i < total
-    rows_M = row_of(i, patch, patches, prefix)
-    places_M = head * num_rows + rows_M
-    lse_M = gl.load(lse + places_M, mask=ok_M, other=0.0)
-    if len(source) == 1:
-        found = (lse_M, gl.load(source[0] + places_M, mask=ok_M, other=0.0))
-    else:
-        out, out_row, out_head, grad_out, do_row, do_head, grad_lse = source
-        d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
-        out_MD = load_rows(out + head * out_head, rows_M, out_row, d, ok_M)
-        do_MD = load_rows(grad_out + head * do_head, rows_M, do_row, d, ok_M)
-        if len(grad_lse) > 0:
-            dlse, dlse_row, dlse_head = grad_lse
-            dlse_M = gl.load(dlse + head * dlse_head + rows_M.to(gl.int64) * dlse_row, mask=ok_M, other=0.0)
-        else:
-            dlse_M = gl.zeros_like(lse_M)
-        found = (lse_M, dlse_M, out_MD, do_MD)
-    return found
+    i = at + gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    rows = head * num_rows + row_of(i, patch, patches, prefix)
+    return gl.load(lse + rows, mask=i < total, other=0.0), gl.load(delta + rows, mask=i < total, other=0.0)
 
 
 @gluon.jit
-def produce_statistics(of, found, full, i, STAGES: gl.constexpr):
-    """Hands over the statistics of use ``i``, log-sum-exp in base 2. Its tile must be one that this program may write."""
+def produce_statistics(of, lse_M, delta_M, full, i, STAGES: gl.constexpr):
+    """Hands over the statistics of use ``i``, log-sum-exp in base 2. Its tile must be one that this group may write."""
     _, _, _, lse_smem, delta_smem = of
-    lse_smem.index(i % STAGES).store(found[0] * LOG2_E)
-    if len(found) == 2:
-        delta_M = found[1]
-    else:
-        delta_M = gl.sum(found[3].to(gl.float32) * found[2].to(gl.float32), 1) - found[1]
+    lse_smem.index(i % STAGES).store(lse_M * LOG2_E)
     delta_smem.index(i % STAGES).store(delta_M)
     complete_use(full, i, STAGES)
 
@@ -236,25 +207,24 @@ def produce_record(sources, rings, numbers, statistics, number, met, made, STAGE
     a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
     a_row, a_head, b_row, b_head, _, _ = numbers
     BLOCK: gl.constexpr = a_smem.shape[1]
-    BLOCK_D: gl.constexpr = a_smem.shape[2]
     patch, patches, _, total = met
     whole = (patches // BLOCK) * BLOCK
     head = number.to(gl.int64)
     a_base, b_base = a + head * a_head, b + head * b_head
     a_column, b_column = number * a_head, number * b_head
     if len(statistics) > 0:  # always on their way a tile ahead
-        found = load_statistics(statistics, head, 0, met, BLOCK, BLOCK_D)
+        lse_M, delta_M = load_statistics(statistics, head, 0, met, BLOCK)
     for at in range(0, whole, BLOCK):
         produce_by_tma(a_desc, patch + at, a_column, a_smem, full_a, empty_a, made, STAGES)
         produce_by_tma(b_desc, patch + at, b_column, b_smem, full_b, empty_b, made, STAGES)
         if len(statistics) > 0:
-            produce_statistics(statistics, found, full_a, made, STAGES)
-            found = load_statistics(statistics, head, at + BLOCK, met, BLOCK, BLOCK_D)
+            produce_statistics(statistics, lse_M, delta_M, full_a, made, STAGES)
+            lse_M, delta_M = load_statistics(statistics, head, at + BLOCK, met, BLOCK)
         made += 1
     for at in range(whole, total, BLOCK):
         produce_by_address(a_base, a_row, b_base, b_row, at, met, rings, made, STAGES, PART)
         if len(statistics) > 0:
-            produce_statistics(statistics, found, full_a, made, STAGES)
-            found = load_statistics(statistics, head, at + BLOCK, met, BLOCK, BLOCK_D)
+            produce_statistics(statistics, lse_M, delta_M, full_a, made, STAGES)
+            lse_M, delta_M = load_statistics(statistics, head, at + BLOCK, met, BLOCK)
         made += 1
     return made
