@@ -22,6 +22,7 @@ from torch import Tensor
 from hlip_kernels import attention
 from hlip_kernels.backends import BACKENDS, Query
 from hlip_kernels.backends.base import Numerics
+from hlip_kernels.backends.hopper.config import FUSED, backward_kernels
 from hlip_kernels.backends.triton import is_fused
 from hlip_kernels.pattern import Plan
 
@@ -60,7 +61,7 @@ def peers(workload: Workload, level: str, device: torch.device, dtype: torch.dty
     fast = Numerics(deterministic=False)
     if "hlip triton" in made and is_fused(device, dtype, workload.head_dim, plan.longest, fast):
         made["hlip triton fast"] = lambda: _ours(workload, level, device, "triton", fast=True)
-    if "hlip hopper" in made:
+    if "hlip hopper" in made and backward_kernels(plan, workload.head_dim, in_one=True) == FUSED:
         made["hlip hopper fast"] = lambda: _ours(workload, level, device, "hopper", fast=True)
     made["published path"] = _affordable(workload, level, device, lambda: _published(workload, level, device))
     made["padded SDPA"] = _affordable(workload, level, device, lambda: _padded(workload, level, device, dtype))

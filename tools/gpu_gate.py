@@ -56,12 +56,12 @@ def steps(out: Path) -> list[tuple[str, list[str], int]]:
         ("info", [PYTHON, "-m", "hlip_kernels.info"], 30),
         ("tests", [*pytest, *several_processes(), *tests], 180),
         # Kernels that wait for one another may hang.
-        ("hopper", [*pytest, *several_processes(), "tests/test_gpu_hopper.py"], 60),
+        ("hopper", [*pytest, *several_processes(), "tests/test_gpu_hopper.py"], 90),
         ("memcheck", sanitize("memcheck"), 60),
         # What matters most first: a run cut short still says something.
         ("benchmarks-attention", *benchmark("test_attention.py", 210)),
         # Which backend is fastest for which length of segments: what the shipped table of auto should say.
-        ("auto", [PYTHON, "-m", "hlip_kernels.measure_auto", "--out", str(out / "auto.json")], 75),
+        ("auto", [PYTHON, "-m", "hlip_kernels.measure_auto", "--out", str(out / "auto.json")], 85),
         ("benchmarks-ops", *benchmark("test_ops.py", 30)),
         ("initcheck", sanitize("initcheck"), 60),
         # Apart: what it makes of barriers in shared memory and of TMA is not known here.

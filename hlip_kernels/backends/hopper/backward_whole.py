@@ -45,6 +45,20 @@ def _store_block(base, row_stride, acc_ND, at, own, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _store_columns(base, row_stride, acc_DM, at, own, dtype: gl.constexpr):
+    """Writes rows of dQ of one head that are columns here, those from position ``at`` of the record on."""
+    BLOCK_D: gl.constexpr = acc_DM.shape[0]
+    BLOCK_M: gl.constexpr = acc_DM.shape[1]
+    patch, patches, prefix, total = own
+    layout: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_D // 8, 256 // BLOCK_D], [1, 4], [0, 1])
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(1, layout))
+    i = at + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+    rows_M = row_of(i, patch, patches, prefix).to(gl.int64) * row_stride
+    values = gl.convert_layout(acc_DM.to(dtype), layout)
+    gl.store(base + rows_M[None, :] + d[:, None], values, mask=(i < total)[None, :])
+
+
+@gluon.jit
 def _pass_by(rings, handed, used, layout: gl.constexpr, INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr):
     """Query tile ``used`` for a block without rows: nothing but its dS, zeros. There is room: the other block waited for it."""
     q_smem, _, _, _, empty_q, empty_do = rings
@@ -160,14 +174,10 @@ def _make_dq(
     BLOCK_N: gl.constexpr = own_k.shape[1]
     BLOCK_D: gl.constexpr = own_k.shape[2]
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    layout: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_D // 8, 256 // BLOCK_D], [1, 4], [0, 1])
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(1, layout))
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
     used, done = 0, 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         head, start, own, met = item_of(tiles, records, item, heads)
-        patch, patches, prefix, total = own
-        q_total = met[3]
+        total, q_total = own[3], met[3]
         base = dq + head * dq_head
         found = _ask(made_of, made_of_numbers, head, 0, met, BLOCK_M, BLOCK_D)
         if q_total > 0:
@@ -185,19 +195,13 @@ def _make_dq(
             dq_DM = warpgroup_mma_wait(0, deps=(dq_DM,))
             complete_use(empty_ds, used, DS_STAGES)
             used += 1
-            i = at + m
-            rows_M = row_of(i, patch, patches, prefix).to(gl.int64) * dq_row
-            values = gl.convert_layout((dq_DM * scale).to(dtype), layout)
-            gl.store(base + rows_M[None, :] + d[:, None], values, mask=(i < total)[None, :])
+            _store_columns(base, dq_row, dq_DM * scale, at, own, dtype)
             found = _ask(made_of, made_of_numbers, head, at + 2 * BLOCK_M, met, BLOCK_M, BLOCK_D)
         complete_use(empty_own, done, OWN_STAGES)
         done += 1
         if q_total == 0:  # rows outside every segment
             for at in range(start, gl.minimum(total, start + BLOCK_N), BLOCK_M):
-                i = at + m
-                rows_M = row_of(i, patch, patches, prefix).to(gl.int64) * dq_row
-                nothing = gl.zeros([BLOCK_D, BLOCK_M], dtype, layout)
-                gl.store(base + rows_M[None, :] + d[:, None], nothing, mask=(i < total)[None, :])
+                _store_columns(base, dq_row, gl.zeros([BLOCK_D, BLOCK_M], gl.float32, o_layout), at, own, dtype)
 
 
 @gluon.jit
@@ -241,7 +245,7 @@ def attention_backward_whole(
     full_own, empty_own = make_own_bars(own_k, BLOCK_N, 2, CONSUMERS + 1, OWN_STAGES)
     owned = (own_k, own_v, full_own, empty_own)
     rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, True)
-    statistics = make_statistics((), (), num_rows, STAGES, BLOCK_N)
+    statistics = make_statistics((), (), num_rows, STAGES, BLOCK_N)  # not from memory, but of this:
     if HAS_GRAD_LSE:
         made_of = (lse, (grad_lse,), out, grad_out)
     else:

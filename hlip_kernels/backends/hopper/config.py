@@ -99,11 +99,14 @@ FUSED = ("attention_backward_fused",)
 WHOLE = ("attention_backward_whole",)
 
 
+def _fit(plan: Plan, head_dim: int, table: dict[int, Config]) -> bool:
+    """Whether a kernel of that table can hold every segment of the plan whole."""
+    return plan.sees_itself and head_dim in table and plan.longest <= table[head_dim].rows
+
+
 def forward_kernel(plan: Plan, head_dim: int, whole: bool = True) -> str:
     """Name of the kernel of a forward pass. ``whole``: where segments are short enough, the one that holds them whole."""
-    if whole and plan.sees_itself and head_dim in FORWARD_WHOLE and plan.longest <= FORWARD_WHOLE[head_dim].rows:
-        return "attention_forward_whole"
-    return "attention_forward"
+    return "attention_forward_whole" if whole and _fit(plan, head_dim, FORWARD_WHOLE) else "attention_forward"
 
 
 def backward_kernels(plan: Plan, head_dim: int, in_one: bool, whole: bool = True) -> tuple[str, ...]:
@@ -113,6 +116,6 @@ def backward_kernels(plan: Plan, head_dim: int, in_one: bool, whole: bool = True
         in_one: rather one that adds dQ up in memory than two. whole: where segments are short enough, the one that holds
             them whole.
     """
-    if whole and plan.sees_itself and head_dim in BACKWARD_WHOLE and plan.longest <= BACKWARD_WHOLE[head_dim].rows:
+    if whole and _fit(plan, head_dim, BACKWARD_WHOLE):
         return WHOLE
     return FUSED if plan.sees_itself and head_dim in BACKWARD_FUSED and in_one else SPLIT
