@@ -76,6 +76,7 @@ class HopperResources:
         registers: that ptxas counts at the start. spill_bytes: local memory of a thread.
         loop_spills: instructions that load or store local memory, in loops with products and exponentials. reducer_spills: in
             loops with products alone, those of the group that adds up dQ.
+        instructions, reducer_instructions: in the longest such loop of either kind, the repeated tries of its waits included.
         products, tma_loads: instructions (HGMMA, UTMALDG). serialized: ptxas says that it made products wait for one another.
         exponentials: instructions in those loops. overlapped: those with a product in flight.
         unsynchronised: arrivals at a barrier, and products, that a warp may reach before the others' stores and waits.
@@ -94,6 +95,8 @@ class HopperResources:
     spill_bytes: int
     loop_spills: int
     reducer_spills: int
+    instructions: int
+    reducer_instructions: int
     products: int
     tma_loads: int
     serialized: int
@@ -158,20 +161,23 @@ def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None 
     code = [i for block in blocks for i in block.instructions]
     loops = multiplying_loops(blocks)
     found = [in_flight(loop) for loop in loops]
-    orders = [order_of(loop) for loop, (exponentials, _) in zip(loops, found, strict=True) if exponentials]
+    with_exponentials = [loop for loop, (exponentials, _) in zip(loops, found, strict=True) if exponentials]
+    without = [loop for loop, (exponentials, _) in zip(loops, found, strict=True) if not exponentials]
     return HopperResources(
         kernel, " ".join(f"{k}={v}" for k, v in (variant or {}).items()), dtype, head_dim,
         config.consumers, config.block, config.stages,
         registers=registers, shared_memory=compiled.metadata.shared, spill_bytes=spilled,
-        loop_spills=sum(_spills(loop) for loop, (exponentials, _) in zip(loops, found, strict=True) if exponentials),
-        reducer_spills=sum(_spills(loop) for loop, (exponentials, _) in zip(loops, found, strict=True) if not exponentials),
+        loop_spills=sum(map(_spills, with_exponentials)),
+        reducer_spills=sum(map(_spills, without)),
+        instructions=max(map(len, with_exponentials), default=0),
+        reducer_instructions=max(map(len, without), default=0),
         products=sum(i.kind == "product" for i in code),
         tma_loads=sum(i.name.startswith("UTMALDG") for i in code),
         serialized=int("serializ" in (said.stdout + said.stderr).lower()),
         exponentials=sum(exponentials for exponentials, _ in found),
         overlapped=sum(overlapped for _, overlapped in found),
         unsynchronised=unsynchronised(code, kernel not in WHOLE),
-        order=orders[0] if orders else "",
+        order=order_of(with_exponentials[0]) if with_exponentials else "",
     )  # fmt: skip
 
 
@@ -331,6 +337,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{r.kernel} {r.variant} {r.dtype} D={r.head_dim}: {r.consumers} consumers, {r.stages} tiles of {r.block}\n"
             f"  {r.registers} registers, {r.shared_memory} bytes shared, {r.spill_bytes} bytes spilled, "
             f"{r.loop_spills} spills in loops, {r.reducer_spills} in the reducer's\n"
+            f"  {r.instructions} instructions in a loop, {r.reducer_instructions} in the reducer's\n"
             f"  {r.products} products, {r.tma_loads} TMA loads, {'serialized, ' * r.serialized}"
             f"{r.overlapped} of {r.exponentials} exponentials with a product in flight, {r.unsynchronised} unsynchronised\n"
             f"  {r.order}",

@@ -131,6 +131,14 @@ class SwizzledSharedLayout(Layout):
             object.__setattr__(self, name, value)
 
 
+@dataclass(frozen=True)
+class ReshapedLayout(Layout):
+    """Where the elements of a tile of that shape are, in that layout, once it has another shape."""
+
+    shape: tuple
+    parent: Layout
+
+
 class MBarrierLayout(Layout):
     pass
 
@@ -300,6 +308,11 @@ class Tile(_Arithmetic):
             assert_(self.dtype.kind < 2, "rounding to integers is not emulated")
             return wrapped(self.data.to(torch.int64), dtype, self.layout)
         return Tile(self.data.to(dtype.torch), dtype, self.layout)
+
+    def reshape(self, shape):
+        sizes = [operator.index(n) for n in shape]
+        assert_(math.prod(sizes) == self.data.numel(), f"{self.shape} has not as many elements as {sizes}")
+        return Tile(self.data.reshape(sizes), self.dtype, ReshapedLayout(tuple(self.shape), self.layout))
 
     def __getitem__(self, index):
         assert_(index in ((slice(None), None), (None, slice(None))), f"index {index} is not emulated")

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from gluon_emulation import DescriptorArgument, KernelError, launch, load_kernels
-from gluon_emulation_values import NVMMADistributedLayout, Scalar, SliceLayout, Tile, float16, float32, int32, int64, max_
+from gluon_emulation_values import NVMMADistributedLayout, Scalar, SliceLayout, Tile, float16, float32, int32, int64, max_, sum_
 
 HEAD = """
 from triton.experimental import gluon
@@ -297,6 +297,14 @@ def test_layouts_do_not_mix():
         tile(1, 2)[None, :]
     with pytest.raises(KernelError, match="shapes differ"):
         tile(1, 2) + tile(1, 2, 3)
+    eights = Tile(torch.arange(16.0), float32, ROW).reshape([2, 8])
+    assert sum_(eights, 0).data.tolist() == [8 + 2 * i for i in range(8)] and sum_(eights, 1).layout == SliceLayout(
+        1, eights.layout
+    )
+    with pytest.raises(KernelError, match="layouts differ"):
+        eights + Tile(torch.zeros(2, 8), float32, PRODUCTS)
+    with pytest.raises(KernelError, match="not as many elements"):
+        eights.reshape([4, 8])
     nan = Tile(torch.tensor([[float("nan"), 1.0], [float("nan")] * 2]), float32, PRODUCTS)
     assert max_(nan, 1).layout == ROW and max_(nan, 1).data[0] == 1 and max_(nan, 1).data[1].isnan()
 

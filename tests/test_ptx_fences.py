@@ -219,12 +219,11 @@ def test_gluon_without_a_fence(way, head_dim, names):
         fences = list(PROXY_FENCE.finditer(text))
         if "whole" in name:
             # Of the fence after own rows the compiler makes two. That behind a tile by TMA, the last of them, has nothing to
-            # order: rows that are loaded by address come after those.
-            behind_tma = [f for f in fences if "cp.async.bulk.tensor" in text[f.start() - 300 : f.start()]]
-            assert len(behind_tma) <= 1, "more than one fence behind a load by TMA"
-            fences = [f for f in fences if f not in behind_tma]
-        if name == "forward_whole":  # queries that came by address are not multiplied from there, nor copied over by TMA:
-            fences = fences[1:]  # with the longest segments first, a place has ever fewer whole tiles
+            # order: rows that are loaded by address come after those. And triton 3.6 puts one of its own before such a tile.
+            load = "cp.async.bulk.tensor"
+            behind = [f for f in fences if load in text[f.start() - 300 : f.start()]]
+            assert len(behind) <= 1, "more than one fence behind a load by TMA"
+            fences = [f for f in fences if f not in behind and load not in text[f.end() : f.end() + 500]]
         assert fences, "where are the fences?"
         missed = [n for n, f in enumerate(fences) if not notices(case, options, text, text[: f.start()] + text[f.end() :])]
         assert not missed, f"{name}: fences {missed} of {len(fences)} are not missed"

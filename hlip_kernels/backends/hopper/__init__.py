@@ -81,6 +81,8 @@ class HopperBackend(Backend):
         num_rows, heads, head_dim = q.shape
         name = forward_kernel(plan, head_dim, self.whole)
         config = KERNELS[name][head_dim]
+        if scale < 0:  # the kernels look for the largest logit before they scale
+            q, scale = -q, -scale
         k, v = _loadable(k), _loadable(v)
         loaded = [k, v]
         if config.own_stages:
@@ -95,7 +97,7 @@ class HopperBackend(Backend):
                 name, config, items, loaded,
                 q, k, v, out, lse, tiles, records,
                 *strides_of(q, k, v, out), num_rows, heads, items,
-                max(abs(scale) * LOG2_E, LEAST_SCALE), -1.0 if scale < 0 else 1.0,
+                max(scale * LOG2_E, LEAST_SCALE),
             )  # fmt: skip
         return out, lse
 

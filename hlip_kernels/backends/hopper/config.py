@@ -72,10 +72,10 @@ BACKWARD_FUSED = {
         reducer_registers=96, reducer_stages=2,
     ),
 }  # fmt: skip
-# Segments of up to 256 rows. Four consumers, each with few registers, so tiles of 32 keys; 198 rows are seven of those.
+# Segments of up to 256 rows. Four consumers, each with few registers.
 FORWARD_WHOLE = {
     64: Config(
-        consumers=4, block=32, stages=14, part=16, consumer_registers=112, producer_registers=32, own_stages=2,
+        consumers=4, block=64, stages=8, part=16, consumer_registers=112, producer_registers=32, own_stages=2,
     ),
 }  # fmt: skip
 # Segments of up to 256 rows. Four accumulators of 64 x 64 a consumer leave room for the logits of 32 queries.

@@ -5,8 +5,9 @@ consumer owns 64 query rows and goes over all tiles of the ring. Whole tiles of 
 and the prefix rows, which lie elsewhere, are loaded by address into the same ring.
 
 At head dim 64 the exponentials take as long as the products, so both must go on at once (Shah et al., arXiv 2407.08608). Inside
-a consumer the logits of the next tile are computed during the exponentials of this one; what that leaves open, the product
-with the values, overlaps with the exponentials of the other consumers.
+a consumer the product of one tile's probabilities and values goes on during the exponentials of the next; what that leaves
+open, the logits, overlaps with the exponentials of the other consumers. The instructions around them take as long again as
+either, so they are few.
 
 Shape letters as in the Triton kernels: ``M`` query rows, ``N`` key rows, ``D`` head dim.
 """
@@ -33,56 +34,63 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _softmax(logits_MN, max_M, sum_M, scale_log2, left, MASK: gl.constexpr):
-    """Online softmax of one tile: probabilities, the new maximum and sum, and what older sums shrink by.
+def _softmax(logits_MN, max_M, sum_MP, scale_log2, left, MASK: gl.constexpr):
+    """Online softmax of one tile: probabilities, the new maximum and sums, and what older sums shrink by.
 
-    ``left`` rows of the record begin with this tile's first; columns from there on do not count.
+    ``left`` rows of the record begin with this tile's first; columns from there on do not count. A row has 8 sums, each of
+    every eighth column (``P``): so a thread adds what it holds itself, and nobody else's before the last tile.
     """
+    N: gl.constexpr = logits_MN.shape[1]
     if MASK:
-        n = gl.arange(0, logits_MN.shape[1], layout=gl.SliceLayout(0, logits_MN.type.layout))
+        n = gl.arange(0, N, layout=gl.SliceLayout(0, logits_MN.type.layout))
         logits_MN = gl.where((n < left)[None, :], logits_MN, float("-inf"))
     new_max_M = gl.maximum(max_M, gl.max(logits_MN, 1))
     top_M = new_max_M * scale_log2
     p_MN = gl.exp2(logits_MN * scale_log2 - top_M[:, None])
     shrink_M = gl.exp2(max_M * scale_log2 - top_M)
-    return p_MN, new_max_M, sum_M * shrink_M + gl.sum(p_MN, 1), shrink_M
+    sum_MP = sum_MP * gl.convert_layout(shrink_M, gl.SliceLayout(1, sum_MP.type.layout))[:, None] + _sum_by_thread(p_MN)
+    return p_MN, new_max_M, sum_MP, shrink_M
 
 
 @gluon.jit
-def _begin_values(
-    acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, left, scale_log2, STAGES: gl.constexpr, MASK: gl.constexpr
-):
-    """Softmax of the logits of tile ``used``, then begins the product of its probabilities with its values."""
-    await_use(full_v, used, STAGES)
-    p_MN, max_M, sum_M, shrink_M = _softmax(logits_MN, max_M, sum_M, scale_log2, left, MASK)
-    p_operand = as_operand(p_MN, acc_MD, v_smem.dtype)
-    acc_MD = acc_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, acc_MD.type.layout))[:, None]
-    acc_MD = warpgroup_mma(p_operand, v_smem.index(used % STAGES), acc_MD, is_async=True)
-    return acc_MD, max_M, sum_M
+def _sum_by_thread(x_MN):
+    """Sums over every eighth column: each thread's own, two of a row, as the layout of a product has it."""
+    return gl.sum(x_MN.reshape([x_MN.shape[0], x_MN.shape[1] // 8, 8]), 1)
 
 
 @gluon.jit
-def _step(acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used, scale_log2, STAGES: gl.constexpr):
-    """Tile ``used`` from its logits on, while the logits of the next are computed.
+def _add_values(acc_MD, p_MN, v_smem, used, STAGES: gl.constexpr):
+    """Begins adding the values of tile ``used``, which must be there, by their probabilities."""
+    return warpgroup_mma(as_operand(p_MN, acc_MD, v_smem.dtype), v_smem.index(used % STAGES), acc_MD, is_async=True)
 
-    Three things keep ptxas (12.8 to 13.4) from undoing the overlap; ``tests/test_hopper_compile.py`` looks for it in the
-    machine code. The wait for the values' tile is a loop, over which it moves no product, so the next logits begin before the
-    exponentials. The wait for the products covers the values' product too, which needs the exponentials, so it cannot come
-    before them. And no accumulator is in flight when the loop turns: it would wait after every single product.
+
+@gluon.jit
+def _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used, left, scale_log2, STAGES: gl.constexpr, MASK: gl.constexpr):
+    """From the probabilities of tile ``used``, whose values must be there, to those of the next, whose values are then.
+
+    What keeps ptxas (12.8 to 13.4) from undoing the overlap; ``tests/test_hopper_compile.py`` looks for it in the machine
+    code: the wait for the next values is a loop, over which it does not move the wait for the product with these, so that
+    comes after the exponentials. And no accumulator is in flight when the loop turns: it would wait after every single
+    product. What goes from turn to turn are probabilities: logits, made while those before them are still in use, would have to
+    be copied at every turn to where the next expects them, 32 registers a thread.
     """
     k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
     await_use(full_k, used + 1, STAGES)
-    next_MN = begin_product(q_MD, k_smem, used + 1, STAGES)
-    acc_MD, max_M, sum_M = _begin_values(acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, 0, scale_log2, STAGES, False)
-    acc_MD, next_MN = warpgroup_mma_wait(0, deps=(acc_MD, next_MN))
+    logits_MN = begin_product(q, k_smem, used + 1, STAGES)
+    acc_MD = _add_values(acc_MD, p_MN, v_smem, used, STAGES)
+    logits_MN = warpgroup_mma_wait(1, deps=(logits_MN,))
     complete_use(empty_k, used + 1, STAGES)
+    p_MN, max_M, sum_MP, shrink_M = _softmax(logits_MN, max_M, sum_MP, scale_log2, left, MASK)
+    await_use(full_v, used + 1, STAGES)
+    acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))
     complete_use(empty_v, used, STAGES)
-    return acc_MD, next_MN, max_M, sum_M
+    acc_MD = acc_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, acc_MD.type.layout))[:, None]
+    return acc_MD, p_MN, max_M, sum_MP
 
 
 @gluon.jit
-def attend(q_MD, rings, used, k_total, scale_log2, STAGES: gl.constexpr):
-    """64 query rows of one item over the ``k_total`` keys that come from use ``used`` on.
+def attend(q, rings, used, k_total, scale_log2, STAGES: gl.constexpr):
+    """64 query rows of one item, in registers or in shared memory, over the ``k_total`` keys that come from use ``used`` on.
 
     Returns the output before it is divided by the sum, the maximum and the sum of its rows, and the use after its keys.
     """
@@ -94,25 +102,27 @@ def attend(q_MD, rings, used, k_total, scale_log2, STAGES: gl.constexpr):
     last = (k_total + BLOCK_N - 1) // BLOCK_N - 1
     acc_MD = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
     max_M = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    sum_M = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
+    sum_M = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
+    sum_MP = _sum_by_thread(gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout))
     if last >= 0:
         await_use(full_k, used, STAGES)
-        logits_MN = warpgroup_mma_wait(0, deps=(begin_product(q_MD, k_smem, used, STAGES),))
+        logits_MN = warpgroup_mma_wait(0, deps=(begin_product(q, k_smem, used, STAGES),))
         complete_use(empty_k, used, STAGES)
-        for step in range(last):  # all full: only the last tile of a record may not be
-            acc_MD, logits_MN, max_M, sum_M = _step(
-                acc_MD, logits_MN, max_M, sum_M, q_MD, rings, used + step, scale_log2, STAGES
+        p_MN, max_M, sum_MP, _ = _softmax(logits_MN, max_M, sum_MP, scale_log2, k_total, True)
+        await_use(full_v, used, STAGES)
+        for step in range(last - 1):  # all full: only the last tile of a record may not be
+            acc_MD, p_MN, max_M, sum_MP = _step(
+                acc_MD, p_MN, max_M, sum_MP, q, rings, used + step, 0, scale_log2, STAGES, False
             )
         used += last
-        left = k_total - last * BLOCK_N
-        acc_MD, max_M, sum_M = _begin_values(
-            acc_MD, logits_MN, max_M, sum_M, v_smem, full_v, used, left, scale_log2, STAGES, True
-        )
-        acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))
+        if last > 0:
+            left = k_total - last * BLOCK_N
+            acc_MD, p_MN, max_M, sum_MP = _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used - 1, left, scale_log2, STAGES, True)
+        acc_MD = warpgroup_mma_wait(0, deps=(_add_values(acc_MD, p_MN, v_smem, used, STAGES),))
         complete_use(empty_v, used, STAGES)
         used += 1
+        sum_M = gl.convert_layout(gl.sum(sum_MP, 1), gl.SliceLayout(1, s_layout))
     else:  # rows outside every segment
-        sum_M += 1.0
         max_M = gl.zeros_like(max_M)
     return acc_MD, max_M, sum_M, used
 
@@ -137,7 +147,7 @@ def write_output(acc_MD, max_M, sum_M, out, out_row, lse, at, own, scale_log2, d
 def _consume(tensors, numbers, rings, INDEX: gl.constexpr, STAGES: gl.constexpr):
     """Query rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
     q, out, lse, tiles, records = tensors
-    q_row, q_head, out_row, out_head, num_rows, heads, num_items, scale_log2, sign = numbers
+    q_row, q_head, out_row, out_head, num_rows, heads, num_items, scale_log2 = numbers
     k_smem = rings[0]
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     BLOCK_D: gl.constexpr = k_smem.shape[2]
@@ -153,7 +163,7 @@ def _consume(tensors, numbers, rings, INDEX: gl.constexpr, STAGES: gl.constexpr)
         i = start + INDEX * ROWS + m
         rows_M = row_of(i, q_patch, q_patches, q_prefix)
         # In registers: a product of 64 x 64 with both sides in shared memory asks for all that it can give.
-        q_MD = (load_rows(q + head * q_head, rows_M, q_row, d, i < q_total) * sign).to(k_smem.dtype)
+        q_MD = load_rows(q + head * q_head, rows_M, q_row, d, i < q_total)
         q_MD = gl.convert_layout(q_MD, gl.DotOperandLayout(0, s_layout, 2))
         acc_MD, max_M, sum_M, used = attend(q_MD, rings, used, k_total, scale_log2, STAGES)
         write_output(
@@ -165,7 +175,7 @@ def _consume(tensors, numbers, rings, INDEX: gl.constexpr, STAGES: gl.constexpr)
 @gluon.jit(do_not_specialize=["num_rows", "heads", "num_items"])  # they change with every batch
 def attention_forward(
     k_desc, v_desc, q, k, v, out, lse, tiles, records,
-    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, num_rows, heads, num_items, scale_log2, sign,
+    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, num_rows, heads, num_items, scale_log2,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -173,13 +183,13 @@ def attention_forward(
 
     An item is one tile of ``64 CONSUMERS`` query rows of one head, the tiles with the most work first, all heads of one after
     the other: dealt out in turn, that leaves no multiprocessor idle for more than 1 part in 35 on the benchmarks' workloads.
-    ``scale_log2`` is positive; ``sign`` is the scale's.
+    ``scale_log2`` is positive.
     """
     rings = make_rings(k_desc, v_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, False)
     sources = (k_desc, v_desc, k, v, tiles, records)
     strides = (k_row, k_head, v_row, v_head, heads, num_items)
     tensors = (q, out, lse, tiles, records)
-    numbers = (q_row, q_head, out_row, out_head, num_rows, heads, num_items, scale_log2, sign)
+    numbers = (q_row, q_head, out_row, out_head, num_rows, heads, num_items, scale_log2)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [

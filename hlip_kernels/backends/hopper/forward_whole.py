@@ -30,29 +30,27 @@ def _pass_by(rings, used, k_total, STAGES: gl.constexpr):
 def _consume(tensors, numbers, owned, rings, INDEX: gl.constexpr, STAGES: gl.constexpr, OWN_STAGES: gl.constexpr):
     """Query rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
     out, lse, tiles, records = tensors
-    out_row, out_head, num_rows, heads, num_items, scale_log2, sign = numbers
+    out_row, out_head, num_rows, heads, num_items, scale_log2 = numbers
     own_q, full_own, empty_own = owned
-    k_smem = rings[0]
-    dtype: gl.constexpr = k_smem.dtype
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    dtype: gl.constexpr = rings[0].dtype
     used, done = 0, 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         head, start, own, met = item_of(tiles, records, item, heads)
         k_total = met[3]
-        await_use(full_own, done, OWN_STAGES)
-        q_MD = own_q.index(done % OWN_STAGES).slice(INDEX * ROWS, ROWS).load(gl.DotOperandLayout(0, s_layout, 2))
-        complete_use(empty_own, done, OWN_STAGES)
-        done += 1
-        q_MD = (q_MD * sign).to(dtype)
         at = start + INDEX * ROWS
+        await_use(full_own, done, OWN_STAGES)
         if at < own[3]:
-            acc_MD, max_M, sum_M, used = attend(q_MD, rings, used, k_total, scale_log2, STAGES)
+            # In shared memory: 64 queries in registers do not fit beside what 64 keys ask for.
+            q = own_q.index(done % OWN_STAGES).slice(INDEX * ROWS, ROWS)
+            acc_MD, max_M, sum_M, used = attend(q, rings, used, k_total, scale_log2, STAGES)
+            complete_use(empty_own, done, OWN_STAGES)
             write_output(
                 acc_MD, max_M, sum_M, out + head * out_head, out_row, lse + head * num_rows, at, own, scale_log2, dtype
             )
         else:
+            complete_use(empty_own, done, OWN_STAGES)
             used = _pass_by(rings, used, k_total, STAGES)
+        done += 1
 
 
 @gluon.jit
@@ -80,7 +78,7 @@ def _produce(
 @gluon.jit(do_not_specialize=["num_rows", "heads", "num_items"])  # they change with every batch
 def attention_forward_whole(
     q_desc, k_desc, v_desc, q, k, v, out, lse, tiles, records,
-    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, num_rows, heads, num_items, scale_log2, sign,
+    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, num_rows, heads, num_items, scale_log2,
     OWN_STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -93,7 +91,7 @@ def attention_forward_whole(
     sources = (k_desc, v_desc, k, v, tiles, records)
     strides = (k_row, k_head, v_row, v_head, heads, num_items)
     tensors = (out, lse, tiles, records)
-    numbers = (out_row, out_head, num_rows, heads, num_items, scale_log2, sign)
+    numbers = (out_row, out_head, num_rows, heads, num_items, scale_log2)
     gl.static_assert(CONSUMERS == 4)
     gl.warp_specialize(
         [
