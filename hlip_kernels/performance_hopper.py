@@ -3,11 +3,14 @@
     python -m hlip_kernels.performance_hopper        # every kernel, with other numbers of consumers and rows a tile
 
 A step of a consumer is a short list of actions in the order of its machine code (``tests/test_hopper_compile.py`` holds it to
-that order). The matrix unit takes products one after the other, each as long as its FLOPs or its reads of shared memory take;
-consumers share the exponential and the float32 units evenly; a wait ends when the products it names have. Played out for
-some tens of steps, that gives the clocks in which all consumers do a step: at least what the busiest unit takes.
+that order). The tensor cores take products one after the other, each as long as its FLOPs or its reads of shared memory take;
+consumers share the exponential units and the issue slots of the schedulers evenly; a wait ends when the products it names have.
+Played out for some tens of steps, that gives the clocks in which all consumers do a step: at least what the busiest unit takes.
 
-Not modelled: L2, the issue slots of a scheduler, clocks that fall under load. Latencies are guesses in round numbers. Published
+How many instructions a step has is counted in the machine code (``ISSUED``). Each of the four schedulers has one warp of every
+consumer and issues one instruction a clock, so that is the clocks they take of it.
+
+Not modelled: L2, clocks that fall under load. Latencies are guesses in round numbers. Published
 figures say how far to trust it: flash-attention 3 keeps the same units busy in much the same order, and at head dim 64 measures
 half of what this arithmetic allows (497 of 989 TFLOP/s forward, 474 backward). What it is good for is comparing orders.
 """
@@ -15,6 +18,7 @@ half of what this arithmetic allows (497 of 989 TFLOP/s forward, 474 backward). 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,10 +43,11 @@ class Begin:
 
 @dataclass(frozen=True)
 class Compute:
-    """Keeps this consumer and a share of a unit busy: so many operations for each logit of a tile."""
+    """Keeps this consumer busy, and a share of two units, until it has had both: issue slots for a share of the step's
+    instructions, and exponentials of each logit of a tile."""
 
-    unit: str
-    per_logit: float
+    issue: float
+    exponentials: float = 0
 
 
 @dataclass(frozen=True)
@@ -59,32 +64,50 @@ class Pause:
     clocks: float
 
 
-_FINISH = Pause(PRODUCT_LATENCY + 2 * BARRIER)  # results arrive, two tiles are released
+_ARRIVE = Pause(PRODUCT_LATENCY + BARRIER)  # results arrive, a tile is released
+_FINISH = Pause(PRODUCT_LATENCY + 2 * BARRIER)  # two tiles
+# Shares of issue slots are those of the machine code, to a twentieth: addresses and descriptors first, or packing of operands,
+# then maxima; scaling, exponentials and sums; what follows them.
 STEPS = {
     "attention_forward": (
-        Pause(BARRIER), Begin("next logits"), Compute("floats", 1), Compute("exponentials", 1), Compute("floats", 4),
-        Begin("values"), Wait(("next logits", "values")), _FINISH,
+        Compute(issue=0.2), Pause(BARRIER), Begin("logits"), Begin("values"), Wait(("logits",)), _ARRIVE,
+        Compute(issue=0.2), Compute(issue=0.4, exponentials=1), Wait(("values",)), _ARRIVE, Compute(issue=0.2),
     ),
     "attention_backward_dq": (
-        Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)), Pause(PRODUCT_LATENCY),
-        Compute("floats", 1), Compute("exponentials", 1), Wait(("dP",)), Pause(BARRIER), Compute("floats", 3),
-        Begin("dQ"), Wait(("dQ",)), _FINISH,
+        Compute(issue=0.15), Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)),
+        Pause(PRODUCT_LATENCY), Compute(issue=0.35, exponentials=1), Wait(("dP",)), Pause(BARRIER), Compute(issue=0.35),
+        Begin("dQ"), Wait(("dQ",)), _FINISH, Compute(issue=0.15),
     ),
     "attention_backward_dkdv": (
-        Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)), Pause(PRODUCT_LATENCY),
-        Compute("floats", 1), Compute("exponentials", 1), Begin("dV"), Wait(("dP",)), Compute("floats", 3),
-        Begin("dK"), Wait(("dV", "dK")), _FINISH,
+        Compute(issue=0.15), Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)),
+        Pause(PRODUCT_LATENCY), Compute(issue=0.4, exponentials=1), Begin("dV"), Wait(("dP",)), Compute(issue=0.35),
+        Begin("dK"), Wait(("dV", "dK")), _FINISH, Compute(issue=0.1),
     ),
     # The reducer's product, of both consumers' dS, as half of it each: nobody waits for it but the next but one.
     "attention_backward_fused": (
-        Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)), Pause(PRODUCT_LATENCY),
-        Compute("floats", 2), Compute("exponentials", 1), Begin("dV"), Wait(("dP",)), Compute("floats", 3),
-        Pause(BARRIER), Begin("dQ", shared=True), Begin("dK"), Wait(("dV", "dK")), _FINISH,
+        Compute(issue=0.15), Pause(BARRIER), Begin("logits", shared=True), Begin("dP", shared=True), Wait(("logits",)),
+        Pause(PRODUCT_LATENCY), Compute(issue=0.4, exponentials=1), Begin("dV"), Wait(("dP",)), Compute(issue=0.35),
+        Pause(BARRIER), Begin("dQ", shared=True), Begin("dK"), Wait(("dV", "dK")), _FINISH, Compute(issue=0.1),
     ),
 }  # fmt: skip
-# The same steps; backward, one for each block of keys that a consumer owns.
+# Instructions that a warp of a consumer issues for 64 x 64 logits, and those of the group that makes or adds up dQ for as many,
+# by kernel and head dim, from the record of triton 3.6; with 3.8 and 3.9 up to a seventh more or less.
+ISSUED = {
+    ("attention_forward", 64): (262, 0),
+    ("attention_forward", 128): (299, 0),
+    ("attention_forward_whole", 64): (261, 0),
+    ("attention_backward_dq", 64): (224, 0),
+    ("attention_backward_dq", 128): (257, 0),
+    ("attention_backward_dkdv", 64): (259, 0),
+    ("attention_backward_dkdv", 128): (311, 0),
+    ("attention_backward_fused", 64): (331, 150),
+    ("attention_backward_whole", 64): (444, 162),
+}
+# The same steps, forward with queries in shared memory; backward, one for each block of keys that a consumer owns.
 STEPS |= {
-    "attention_forward_whole": STEPS["attention_forward"],
+    "attention_forward_whole": tuple(
+        replace(action, shared=True) if action == Begin("logits") else action for action in STEPS["attention_forward"]
+    ),
     "attention_backward_whole": STEPS["attention_backward_fused"],
 }
 # Whole segments end often: clocks of an item in which a consumer writes its 64 rows of out, or 128 of dK and dV, through shared
@@ -100,14 +123,15 @@ TENSORS = {"attention_forward": 4, "attention_forward_whole": 4, "attention_back
 def units(kernel: str, config: Config, head_dim: int, rates: Rates) -> dict[str, float]:
     """Clocks that a step of all consumers takes of each unit."""
     logits = ROWS * config.block
-    clocks = dict.fromkeys(("matrix", "shared memory", "exponentials", "floats"), 0.0)
+    issued, of_third_group = ISSUED[kernel, head_dim]
+    clocks = dict.fromkeys(("matrix", "shared memory", "exponentials"), 0.0)
+    clocks["issue"] = (issued + of_third_group) * logits / 64**2
     for action in STEPS[kernel]:
         if isinstance(action, Begin):
             clocks["matrix"] += 2.0 * logits * head_dim / rates.matrix[2]
             clocks["shared memory"] += _reads(action, config.block, head_dim)
         elif isinstance(action, Compute):
-            rate = rates.exponentials if action.unit == "exponentials" else rates.floats
-            clocks[action.unit] += action.per_logit * logits / rate
+            clocks["exponentials"] += action.exponentials * logits / rates.exponentials
     clocks = {unit: config.consumers * count for unit, count in clocks.items()}
     clocks["shared memory"] += 2 * config.block * head_dim * 2 / SHARED_BYTES  # the two tiles that come in
     return clocks
@@ -136,12 +160,13 @@ class _Play:
         matrix = 2.0 * logits * head_dim / rates.matrix[2]
         begins = [action for action in self.actions if isinstance(action, Begin)]
         self.product = {action.name: max(matrix, _reads(action, config.block, head_dim)) for action in begins}
-        self.compute = {"exponentials": logits / rates.exponentials, "floats": logits / rates.floats}
+        self.issue = ISSUED[kernel, head_dim][0] * logits / 64**2
+        self.exponentials = logits / rates.exponentials
         count = config.consumers
         self.now = 0.0
         self.at = [0] * count  # the next action of each consumer
         self.ready = [97.0 * c for c in range(count)]  # they do not start together
-        self.working: list[list | None] = [None] * count  # [unit, clocks left]
+        self.working: list[dict[str, float]] = [{} for _ in range(count)]  # clocks left, by unit
         self.open: list[set] = [set() for _ in range(count)]  # products begun and not ended
         self.queue: list[tuple[int, str, float]] = []
         self.finished: list[list[float]] = [[] for _ in range(count)]
@@ -150,18 +175,14 @@ class _Play:
     def advance(self) -> None:
         while any([self._act(c) for c in range(len(self.at))]):
             pass
-        sharing: dict[str, list[list]] = {}
-        for work in self.working:
-            if work is not None:
-                sharing.setdefault(work[0], []).append(work)
+        sharing = Counter(unit for work in self.working for unit in work)
         events = [t for t in self.ready if t > self.now] + ([self.ends] if self.queue else [])
-        events += [self.now + work[1] * len(sharing[work[0]]) for work in self.working if work is not None]
+        events += [self.now + left * sharing[unit] for work in self.working for unit, left in work.items()]
         passed = min(events) - self.now
-        for works in sharing.values():
-            for work in works:
-                work[1] -= passed / len(works)
         self.now += passed
-        self.working = [None if work is not None and work[1] < 1e-6 else work for work in self.working]
+        for c, work in enumerate(self.working):
+            left = {unit: clocks - passed / sharing[unit] for unit, clocks in work.items()}
+            self.working[c] = {unit: clocks for unit, clocks in left.items() if clocks > 1e-6}
         if self.queue and self.ends <= self.now:
             consumer, name, _ = self.queue.pop(0)
             self.open[consumer].discard(name)
@@ -170,7 +191,7 @@ class _Play:
 
     def _act(self, c: int) -> bool:
         """Does consumer ``c``'s next action if it can."""
-        if self.working[c] is not None or self.ready[c] > self.now:
+        if self.working[c] or self.ready[c] > self.now:
             return False
         action = self.actions[self.at[c]]
         if isinstance(action, Wait) and self.open[c].intersection(action.names):
@@ -181,7 +202,8 @@ class _Play:
             self.queue.append((c, action.name, self.product[action.name]))
             self.open[c].add(action.name)
         elif isinstance(action, Compute):
-            self.working[c] = [action.unit, self.compute[action.unit] * action.per_logit]
+            work = {"issue": self.issue * action.issue, "exponentials": self.exponentials * action.exponentials}
+            self.working[c] = {unit: clocks for unit, clocks in work.items() if clocks}
         elif isinstance(action, Pause):
             self.ready[c] = self.now + action.clocks
         self.at[c] = (self.at[c] + 1) % len(self.actions)

@@ -1,6 +1,7 @@
 """The model that plays out the Hopper kernels' order: between its bounds, and right where the answer is plain."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,22 @@ import torch
 from hlip_kernels import Layout
 from hlip_kernels.backends.hopper.config import BACKWARD_WHOLE, FORWARD, FORWARD_WHOLE, KERNELS, Config
 from hlip_kernels.performance import LAUNCH, RATES
-from hlip_kernels.performance_hopper import BARRIER, ITEM, PRODUCT_LATENCY, STEPS, clocks_per_step, predict_hopper, units
+from hlip_kernels.performance_hopper import (
+    BARRIER,
+    ISSUED,
+    ITEM,
+    PRODUCT_LATENCY,
+    STEPS,
+    Compute,
+    clocks_per_step,
+    predict_hopper,
+    units,
+)
+from hlip_kernels.resources import read_rows
+from hlip_kernels.resources_hopper import HopperResources
 
 H200 = RATES["H200"]
+CODEGEN = Path(__file__).parent / "codegen"
 
 
 def config(consumers, block=64):
@@ -26,13 +40,33 @@ def test_units_of_a_step():
     found = units("attention_forward", config(3), 64, H200)
     assert found["matrix"] == 3 * 2 * 128
     assert found["exponentials"] == 3 * 4096 / 16
-    assert found["floats"] == 3 * 5 * 4096 / 128
+    assert found["issue"] == 3 * ISSUED["attention_forward", 64][0]
     assert found["shared memory"] == 3 * 2 * 64 * 64 * 2 / 128 + 2 * 64 * 64 * 2 / 128
 
 
+def test_issue_slots_are_those_of_the_record():
+    """Of every kernel with the triton that the device has; others may take a seventh more or less."""
+    rows = {v: read_rows(CODEGEN / f"hopper-{v}.csv", HopperResources) for v in ("3.6", "3.8", "3.9")}
+    for (kernel, head_dim), (issued, of_third_group) in ISSUED.items():
+        for triton, found in rows.items():
+            rows_of = [r for r in found if (r.kernel, r.head_dim) == (kernel, head_dim)]
+            assert rows_of
+            counts = [(r.instructions, r.reducer_instructions / 2) for r in rows_of]
+            if triton == "3.6":
+                assert max(n for n, _ in counts) - issued in (0, 1), (kernel, head_dim, counts)
+            assert all(abs(n - issued) <= issued / 7 for n, _ in counts), (kernel, head_dim, triton, counts)
+            assert all(abs(n - of_third_group) <= 0.2 * of_third_group for _, n in counts), (kernel, head_dim, triton, counts)
+
+
+def test_shares_of_issue_slots_add_up():
+    for kernel, actions in STEPS.items():
+        assert sum(a.issue for a in actions if isinstance(a, Compute)) == pytest.approx(1), kernel
+
+
 def test_one_consumer_has_only_its_own_overlap():
-    """The logits of the next tile hide behind the exponentials; everything else is one after the other."""
-    chain = BARRIER + 5 * 4096 / 128 + 4096 / 16 + 128 + PRODUCT_LATENCY + 2 * BARRIER
+    """Values hide behind the exponentials, which hide some instructions; everything else is one after the other."""
+    issued = ISSUED["attention_forward", 64][0]
+    chain = 0.6 * issued + BARRIER + 128 + 4096 / 16 + 2 * (PRODUCT_LATENCY + BARRIER)
     assert clocks_per_step("attention_forward", config(1), 64, H200) == pytest.approx(chain)
 
 
@@ -69,20 +103,21 @@ def test_time_of_one_segment_counted_by_hand():
 
 
 def test_time_of_whole_segments_counted_by_hand():
-    """40 items a multiprocessor, of 198 rows: seven tiles of 32, each consumer with one block of queries, or two of keys."""
+    """40 items a multiprocessor, of 198 rows: four tiles of 64 keys, each consumer with one block of queries; or seven of 32
+    queries, each with two of keys."""
     layout = Layout.from_lengths([198] * (40 * 132), levels=("segment",))
     slow = replace(H200, bandwidth=1e15)  # so that bytes take no time
     rest = {"heads": 1, "head_dim": 64, "dtype": torch.bfloat16, "rates": slow}
-    for kernel, table, blocks in (
-        ("attention_forward_whole", FORWARD_WHOLE, 1), ("attention_backward_whole", BACKWARD_WHOLE, 2),
+    for kernel, table, tiles, blocks in (
+        ("attention_forward_whole", FORWARD_WHOLE, 4, 1), ("attention_backward_whole", BACKWARD_WHOLE, 7, 2),
     ):  # fmt: skip
         found = predict_hopper(layout, "segment", **rest, backward="backward" in kernel)
         step = clocks_per_step(kernel, table[64], 64, slow)
-        clocks = 40 * (7 * blocks * step + ITEM[kernel])
+        clocks = 40 * (tiles * blocks * step + ITEM[kernel])
         assert found.seconds == pytest.approx(clocks / slow.clock + LAUNCH)
         busiest = max(units(kernel, table[64], 64, slow).values())
-        assert found.overlapped == pytest.approx(40 * 7 * blocks * busiest / slow.clock + LAUNCH)
-        assert found.useful == pytest.approx(198**2 / (256 * 224)) and found.balance == pytest.approx(1.0)
+        assert found.overlapped == pytest.approx(40 * tiles * blocks * busiest / slow.clock + LAUNCH)
+        assert found.useful == pytest.approx(198**2 / (256 * tiles * table[64].block)) and found.balance == pytest.approx(1.0)
     assert predict_hopper(layout, "segment", **rest | {"rates": H200}).binds == "memory"
 
 
