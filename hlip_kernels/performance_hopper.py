@@ -93,8 +93,8 @@ STEPS = {
 # Instructions that a warp of a consumer issues for 64 x 64 logits, and those of the group that makes or adds up dQ for as many,
 # by kernel and head dim, from the record of triton 3.6; with 3.8 and 3.9 up to a seventh more or less.
 ISSUED = {
-    ("attention_forward", 64): (262, 0),
-    ("attention_forward", 128): (299, 0),
+    ("attention_forward", 64): (264, 0),
+    ("attention_forward", 128): (300, 0),
     ("attention_forward_whole", 64): (261, 0),
     ("attention_backward_dq", 64): (224, 0),
     ("attention_backward_dq", 128): (257, 0),
@@ -110,12 +110,17 @@ STEPS |= {
     ),
     "attention_backward_whole": STEPS["attention_backward_fused"],
 }
-# Whole segments end often: clocks of an item in which a consumer writes its 64 rows of out, or 128 of dK and dV, through shared
-# memory, which may be used by others meanwhile but not by it.
-ITEM = {
-    "attention_forward_whole": 128 + PRODUCT_LATENCY + 4 * BARRIER,
-    "attention_backward_whole": 4 * (128 + PRODUCT_LATENCY + 2 * BARRIER),
+# What a warp of a consumer issues for an item beside its steps, most of what short items have: rows found and loaded, masks,
+# results divided, rearranged and written. Counted by hand in the same machine code, to some tens.
+OUTSIDE = {
+    "attention_forward": 375,
+    "attention_forward_whole": 375,
+    "attention_backward_dq": 750,
+    "attention_backward_dkdv": 480,
+    "attention_backward_fused": 520,
+    "attention_backward_whole": 780,
 }
+OWN_ROWS = 1000  # clocks in which consumers wait for rows of their own, where the producer does not bring them ahead
 # Tensors of q's size that are read or written; 6 where nothing is said.
 TENSORS = {"attention_forward": 4, "attention_forward_whole": 4, "attention_backward_whole": 8}
 
@@ -272,26 +277,32 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
     steps = whole + -(-(met - whole * config.block) // config.block)
     steps *= (-(-own // (ROWS * config.consumers))).clip(1, config.own_blocks)  # blocks that a consumer has rows for
     busy = np.full(len(own), config.consumers)
-    if kernel == "attention_forward_whole":  # consumers without rows let the keys pass by
+    if kernel.startswith("attention_forward"):  # consumers without rows let the keys pass by
         busy = (-(-own // ROWS)).clip(1, config.consumers)
 
-    def dealt(clocks) -> np.ndarray:
-        """Clocks of every multiprocessor, given those of a step by how many consumers are busy."""
-        items = np.repeat(steps * np.array([clocks.get(n, 0.0) for n in range(config.consumers + 1)])[busy], heads)
+    def dealt(clocks: dict[int, float], outside: float = 0.0, waiting: float = 0.0) -> np.ndarray:
+        """Clocks of every multiprocessor, given those of a step by how many consumers are busy, and of an item beside them:
+        for each busy consumer, and for all together."""
+        by_busy = np.array([clocks.get(n, 0.0) for n in range(config.consumers + 1)])
+        items = np.repeat(steps * by_busy[busy] + outside * busy + waiting, heads)
         programs = np.arange(len(items)) % rates.multiprocessors  # all heads of a tile one after the other, dealt in turn
         return np.bincount(programs, weights=items, minlength=rates.multiprocessors)
 
     configs = {int(n): replace(config, consumers=int(n)) for n in np.unique(busy)}
     by_unit = {n: units(kernel, c, head_dim, rates) for n, c in configs.items()}
     names = list(next(iter(by_unit.values()), {"matrix": 0.0}))
-    clocks = {unit: dealt({n: found[unit] for n, found in by_unit.items()}).max() for unit in names}
+    outside = OUTSIDE[kernel]
+    clocks = {
+        unit: dealt({n: found[unit] for n, found in by_unit.items()}, outside * (unit == "issue")).max() for unit in names
+    }
     binds = max(clocks, key=clocks.__getitem__)
-    played = dealt({n: clocks_per_step(kernel, c, head_dim, rates) for n, c in configs.items()})
+    waiting = 0.0 if config.own_stages else OWN_ROWS
+    played = dealt({n: clocks_per_step(kernel, c, head_dim, rates) for n, c in configs.items()}, outside, waiting)
     serial = sum(count for unit, count in clocks.items() if unit != "shared memory")
-    between = ITEM.get(kernel, 0) * -(-len(own) * heads // rates.multiprocessors)
+    serial += waiting * -(-len(own) * heads // rates.multiprocessors)
     memory = TENSORS.get(kernel, 6) * plan.num_rows * heads * head_dim * dtype.itemsize / rates.bandwidth
     overlapped = clocks[binds] / rates.clock
-    seconds = ((between + played.max()) / rates.clock, overlapped, (between + serial) / rates.clock)
+    seconds = (played.max() / rates.clock, overlapped, serial / rates.clock)
     computed = ROWS * config.block * float((steps * busy).sum())
     return Played(
         *(float(max(time, memory)) + LAUNCH for time in seconds),

@@ -16,7 +16,7 @@ from hlip_kernels.backends.base import Numerics, Support
 from hlip_kernels.pattern import Plan
 
 FOLDER = Path(hopper.__file__).parent
-FILES = ("ring", "own", "forward", "forward_whole", "backward_dq", "backward_keys", "backward_whole")
+FILES = ("ring", "own", "forward", "backward_dq", "backward_keys", "backward_whole")
 FAR = {"row": 2**25, "head": 2**12}  # strides that put every row but the first 64 beyond 32-bit addresses
 
 
@@ -51,7 +51,7 @@ class EmulatedHopperBackend(hopper.HopperBackend):
 
     def launch(self, name, config, items, loaded, *args, **constants):
         self.seed += 1
-        kernel = getattr(self.kernels, name)
+        kernel = getattr(self.kernels, hopper.function_of(name))
         head_dim = loaded[0].shape[-1]
         shapes = [hopper.extent(t) for t in loaded]
         far = {}

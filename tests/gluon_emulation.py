@@ -280,7 +280,7 @@ class _Module(types.ModuleType):
 _VALUES = (
     "int1 int32 int64 float16 bfloat16 float32 BlockedLayout SliceLayout NVMMADistributedLayout DotOperandLayout "
     "NVMMASharedLayout SwizzledSharedLayout expand_dims convert_layout full zeros zeros_like arange maximum minimum exp2 "
-    "log2 exp log sqrt rsqrt cdiv"
+    "log2 exp log sqrt rsqrt inline_asm_elementwise cdiv"
 ).split()
 mbarrier = _Module(
     "mbarrier",

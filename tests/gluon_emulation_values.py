@@ -415,6 +415,15 @@ exp2, log2, exp, log, sqrt, rsqrt, abs_ = map(
 )
 
 
+_ASSEMBLY = {("lg2.approx.ftz.f32 $0, $1;", "=f,f"): log2}  # one instruction each
+
+
+def inline_asm_elementwise(asm: str, constraints: str, args: list, dtype: DType, is_pure: bool, pack: int):
+    function = _ASSEMBLY.get((asm, constraints))
+    assert_(function is not None and dtype is float32 and is_pure and pack == 1, f"`{asm}` is not emulated")
+    return function(*args)
+
+
 def cdiv(a, b):
     return (a + (b - 1)) // b
 

@@ -6,7 +6,19 @@ import threading
 import pytest
 import torch
 from gluon_emulation import DescriptorArgument, KernelError, launch, load_kernels
-from gluon_emulation_values import NVMMADistributedLayout, Scalar, SliceLayout, Tile, float16, float32, int32, int64, max_, sum_
+from gluon_emulation_values import (
+    NVMMADistributedLayout,
+    Scalar,
+    SliceLayout,
+    Tile,
+    float16,
+    float32,
+    inline_asm_elementwise,
+    int32,
+    int64,
+    max_,
+    sum_,
+)
 
 HEAD = """
 from triton.experimental import gluon
@@ -286,6 +298,14 @@ def test_dtypes_follow_triton():
     assert (tile(1) + 1.5).dtype is float32 and (tile(1) < 2).data.dtype is torch.bool
     assert (half + 1).data[1] == 2048  # rounded at every step
     assert (scalar(1.0, float32) * 0.1).value == torch.tensor(0.1).item()
+
+
+def test_assembly_that_is_not_known_is_refused():
+    log2 = ("lg2.approx.ftz.f32 $0, $1;", "=f,f")
+    assert inline_asm_elementwise(*log2, [tile(8.0, dtype=float32)], float32, True, 1).data.tolist() == [3]
+    for asm, packed in (("ex2.approx.ftz.f32 $0, $1;", 1), (log2[0], 2)):
+        with pytest.raises(KernelError, match="is not emulated"):
+            inline_asm_elementwise(asm, log2[1], [tile(8.0, dtype=float32)], float32, True, packed)
 
 
 def test_layouts_do_not_mix():

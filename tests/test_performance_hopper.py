@@ -12,7 +12,7 @@ from hlip_kernels.performance import LAUNCH, RATES
 from hlip_kernels.performance_hopper import (
     BARRIER,
     ISSUED,
-    ITEM,
+    OUTSIDE,
     PRODUCT_LATENCY,
     STEPS,
     Compute,
@@ -96,9 +96,8 @@ def test_time_of_one_segment_counted_by_hand():
     layout = Layout.from_lengths([132 * 192], levels=("segment",))
     found = predict_hopper(layout, "segment", heads=1, head_dim=64, dtype=torch.bfloat16, rates=H200)
     steps = 132 * 192 // 64
-    assert found.seconds == pytest.approx(
-        steps * clocks_per_step("attention_forward", FORWARD[64], 64, H200) / H200.clock + LAUNCH
-    )
+    clocks = steps * clocks_per_step("attention_forward", FORWARD[64], 64, H200) + 3 * OUTSIDE["attention_forward"]
+    assert found.seconds == pytest.approx(clocks / H200.clock + LAUNCH)
     assert found.balance == pytest.approx(1.0) and found.overlapped <= found.seconds < found.serial
 
 
@@ -113,19 +112,25 @@ def test_time_of_whole_segments_counted_by_hand():
     ):  # fmt: skip
         found = predict_hopper(layout, "segment", **rest, backward="backward" in kernel)
         step = clocks_per_step(kernel, table[64], 64, slow)
-        clocks = 40 * (tiles * blocks * step + ITEM[kernel])
+        clocks = 40 * (tiles * blocks * step + table[64].consumers * OUTSIDE[kernel])
         assert found.seconds == pytest.approx(clocks / slow.clock + LAUNCH)
-        busiest = max(units(kernel, table[64], 64, slow).values())
-        assert found.overlapped == pytest.approx(40 * tiles * blocks * busiest / slow.clock + LAUNCH)
+        busy = {unit: tiles * blocks * count for unit, count in units(kernel, table[64], 64, slow).items()}
+        busy["issue"] += table[64].consumers * OUTSIDE[kernel]
+        assert found.overlapped == pytest.approx(40 * max(busy.values()) / slow.clock + LAUNCH)
         assert found.useful == pytest.approx(198**2 / (256 * tiles * table[64].block)) and found.balance == pytest.approx(1.0)
-    assert predict_hopper(layout, "segment", **rest | {"rates": H200}).binds == "memory"
+    assert predict_hopper(layout, "segment", **rest | {"rates": replace(H200, bandwidth=1e12)}).binds == "memory"
 
 
 def test_consumers_without_rows_cost_nothing_forward():
     half, whole = (Layout.from_lengths([n] * 1320, levels=("segment",)) for n in (128, 256))
     rest = {"heads": 1, "head_dim": 64, "dtype": torch.bfloat16, "rates": replace(H200, bandwidth=1e15)}
     times = [predict_hopper(layout, "segment", **rest).overlapped - LAUNCH for layout in (half, whole)]
-    assert times[1] == pytest.approx(4 * times[0])  # half the rows, half the keys
+    # By issue slots: half the rows, half the keys.
+    clocks = [
+        c * (tiles * ISSUED["attention_forward_whole", 64][0] + OUTSIDE["attention_forward_whole"])
+        for c, tiles in ((2, 2), (4, 4))
+    ]
+    assert times == pytest.approx([10 * c / H200.clock for c in clocks])
 
 
 def test_one_backward_kernel_is_predicted_faster_than_two_and_two_slower_than_forward():

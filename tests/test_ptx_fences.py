@@ -206,7 +206,7 @@ def notices(case, options, text, wrong) -> bool:
 @pytest.mark.parametrize("way, head_dim, names", [
     ("hopper", 64, ["forward", "backward_dq", "backward_dkdv"]), ("hopper", 128, ["backward_dq", "backward_dkdv"]),
     ("hopper any order", 64, ["backward_fused"]), ("hopper ordered", 64, ["backward_fused"]),
-    ("hopper whole", 64, ["forward_whole", "backward_whole"]),
+    ("hopper whole", 64, ["forward", "backward_whole"]),
 ])  # fmt: skip
 @compiled
 def test_gluon_without_a_fence(way, head_dim, names):
@@ -224,6 +224,8 @@ def test_gluon_without_a_fence(way, head_dim, names):
             behind = [f for f in fences if load in text[f.start() - 300 : f.start()]]
             assert len(behind) <= 1, "more than one fence behind a load by TMA"
             fences = [f for f in fences if f not in behind and load not in text[f.end() : f.end() + 500]]
+        if name == "forward":  # Queries come first, and keys by address, right behind those, have a fence that would do. Where
+            fences = fences[-1:]  # there are none, among neighbours, it would not: test_hopper_mutants.py.
         assert fences, "where are the fences?"
         missed = [n for n, f in enumerate(fences) if not notices(case, options, text, text[: f.start()] + text[f.end() :])]
         assert not missed, f"{name}: fences {missed} of {len(fences)} are not missed"

@@ -27,6 +27,7 @@ from .config import (
     Config,
     backward_kernels,
     forward_kernel,
+    function_of,
 )
 
 
@@ -83,18 +84,14 @@ class HopperBackend(Backend):
         config = KERNELS[name][head_dim]
         if scale < 0:  # the kernels look for the largest logit before they scale
             q, scale = -q, -scale
-        k, v = _loadable(k), _loadable(v)
-        loaded = [k, v]
-        if config.own_stages:
-            q = _loadable(q)
-            loaded = [q, k, v]
+        q, k, v = map(_loadable, (q, k, v))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty((heads, num_rows), dtype=torch.float32, device=q.device)
         tiles, records = plan.tiles(config.rows, q.device)
         items = len(tiles) * heads
         if items:
             self.launch(
-                name, config, items, loaded,
+                name, config, items, [q, k, v],
                 q, k, v, out, lse, tiles, records,
                 *strides_of(q, k, v, out), num_rows, heads, items,
                 max(scale * LOG2_E, LEAST_SCALE),
@@ -201,10 +198,10 @@ class HopperBackend(Backend):
 
 def kernel_named(name: str):
     """The kernel of that name; imports triton."""
-    from . import backward_dq, backward_keys, backward_whole, forward, forward_whole
+    from . import backward_dq, backward_keys, backward_whole, forward
 
-    modules = (forward, forward_whole, backward_dq, backward_keys, backward_whole)
-    return next(vars(module)[name] for module in modules if name in vars(module))
+    name = function_of(name)
+    return next(vars(module)[name] for module in (forward, backward_dq, backward_keys, backward_whole) if name in vars(module))
 
 
 def constants_of(config: Config, head_dim: int) -> dict[str, int]:
@@ -220,6 +217,7 @@ def constants_of(config: Config, head_dim: int) -> dict[str, int]:
         "PRODUCER_REGISTERS": config.producer_registers,
         **(reducer if config.reducer_stages else {}),
         **({"OWN_STAGES": config.own_stages} if config.own_stages else {}),
+        **({} if config.own_in_registers is None else {"OWN_IN_REGISTERS": config.own_in_registers}),
     }
 
 

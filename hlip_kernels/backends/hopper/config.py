@@ -24,7 +24,7 @@ class Config:
         consumer_registers, producer_registers: of a thread, multiples of 8; together at most what the card has.
         reducer_registers: of the group that makes or adds up dQ, if there is one. reducer_stages: tiles handed to it.
         own_blocks: blocks of 64 rows that a consumer owns. own_stages: how many tiles of its own rows a program has room for,
-            where they come while it is busy with others.
+            where they come while it is busy with others. own_in_registers: forward, where its rows are multiplied from.
     """
 
     consumers: int
@@ -37,6 +37,7 @@ class Config:
     reducer_stages: int = 0
     own_stages: int = 0
     own_blocks: int = 1
+    own_in_registers: bool | None = None
 
     @property
     def rows(self) -> int:
@@ -53,9 +54,15 @@ class Config:
 # Three consumers share each tile of keys and values: 192 rows a tile keep what a multiprocessor asks of L2 at 21 bytes a
 # clock if products bind. Tiles of 64 rows leave room for the logits of two tiles, which is what overlaps.
 FORWARD = {
-    64: Config(consumers=3, block=64, stages=4, part=16, consumer_registers=160, producer_registers=32),
-    128: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=224, producer_registers=56),
-}
+    64: Config(
+        consumers=3, block=64, stages=4, part=16, consumer_registers=160, producer_registers=32,
+        own_stages=2, own_in_registers=True,
+    ),
+    128: Config(
+        consumers=2, block=64, stages=3, part=16, consumer_registers=224, producer_registers=56,
+        own_stages=2, own_in_registers=True,
+    ),
+}  # fmt: skip
 BACKWARD_DQ = {
     64: Config(consumers=3, block=64, stages=4, part=16, consumer_registers=152, producer_registers=56),
     128: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=216, producer_registers=72),
@@ -75,7 +82,8 @@ BACKWARD_FUSED = {
 # Segments of up to 256 rows. Four consumers, each with few registers.
 FORWARD_WHOLE = {
     64: Config(
-        consumers=4, block=64, stages=8, part=16, consumer_registers=112, producer_registers=32, own_stages=2,
+        consumers=4, block=64, stages=8, part=16, consumer_registers=112, producer_registers=32,
+        own_stages=2, own_in_registers=False,
     ),
 }  # fmt: skip
 # Segments of up to 256 rows. Four accumulators of 64 x 64 a consumer leave room for the logits of 32 queries.
@@ -97,6 +105,11 @@ HEAD_DIMS = tuple(FORWARD)
 SPLIT = ("attention_backward_dq", "attention_backward_dkdv")
 FUSED = ("attention_backward_fused",)
 WHOLE = ("attention_backward_whole",)
+
+
+def function_of(kernel: str) -> str:
+    """Name of the function of a kernel: short segments have sizes of their own forward, and otherwise the same."""
+    return {"attention_forward_whole": "attention_forward"}.get(kernel, kernel)
 
 
 def _fit(plan: Plan, head_dim: int, table: dict[int, Config]) -> bool:

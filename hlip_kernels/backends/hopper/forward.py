@@ -16,16 +16,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from .own import hand_over_own, load_own
 from .ring import (
     ROWS,
     as_operand,
+    await_round_before,
     await_use,
     begin_product,
     complete_use,
     item_of,
-    load_rows,
+    make_bars,
     make_rings,
-    produce,
+    produce_record,
     row_of,
     store_rows,
 )
@@ -34,16 +36,12 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _softmax(logits_MN, max_M, sum_MP, scale_log2, left, MASK: gl.constexpr):
+def _softmax(logits_MN, max_M, sum_MP, scale_log2):
     """Online softmax of one tile: probabilities, the new maximum and sums, and what older sums shrink by.
 
-    ``left`` rows of the record begin with this tile's first; columns from there on do not count. A row has 8 sums, each of
-    every eighth column (``P``): so a thread adds what it holds itself, and nobody else's before the last tile.
+    A row has 8 sums, each of every eighth column (``P``): so a thread adds what it holds itself, and nobody else's before the
+    last tile.
     """
-    N: gl.constexpr = logits_MN.shape[1]
-    if MASK:
-        n = gl.arange(0, N, layout=gl.SliceLayout(0, logits_MN.type.layout))
-        logits_MN = gl.where((n < left)[None, :], logits_MN, float("-inf"))
     new_max_M = gl.maximum(max_M, gl.max(logits_MN, 1))
     top_M = new_max_M * scale_log2
     p_MN = gl.exp2(logits_MN * scale_log2 - top_M[:, None])
@@ -65,7 +63,7 @@ def _add_values(acc_MD, p_MN, v_smem, used, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used, left, scale_log2, STAGES: gl.constexpr, MASK: gl.constexpr):
+def _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used, scale_log2, STAGES: gl.constexpr):
     """From the probabilities of tile ``used``, whose values must be there, to those of the next, whose values are then.
 
     What keeps ptxas (12.8 to 13.4) from undoing the overlap; ``tests/test_hopper_compile.py`` looks for it in the machine
@@ -80,7 +78,7 @@ def _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used, left, scale_log2, STAGES:
     acc_MD = _add_values(acc_MD, p_MN, v_smem, used, STAGES)
     logits_MN = warpgroup_mma_wait(1, deps=(logits_MN,))
     complete_use(empty_k, used + 1, STAGES)
-    p_MN, max_M, sum_MP, shrink_M = _softmax(logits_MN, max_M, sum_MP, scale_log2, left, MASK)
+    p_MN, max_M, sum_MP, shrink_M = _softmax(logits_MN, max_M, sum_MP, scale_log2)
     await_use(full_v, used + 1, STAGES)
     acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))
     complete_use(empty_v, used, STAGES)
@@ -92,6 +90,7 @@ def _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used, left, scale_log2, STAGES:
 def attend(q, rings, used, k_total, scale_log2, STAGES: gl.constexpr):
     """64 query rows of one item, in registers or in shared memory, over the ``k_total`` keys that come from use ``used`` on.
 
+    The tile that may not be full comes first: so the loop needs no mask, and nothing stands between it and the end.
     Returns the output before it is divided by the sum, the maximum and the sum of its rows, and the use after its keys.
     """
     k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
@@ -108,16 +107,13 @@ def attend(q, rings, used, k_total, scale_log2, STAGES: gl.constexpr):
         await_use(full_k, used, STAGES)
         logits_MN = warpgroup_mma_wait(0, deps=(begin_product(q, k_smem, used, STAGES),))
         complete_use(empty_k, used, STAGES)
-        p_MN, max_M, sum_MP, _ = _softmax(logits_MN, max_M, sum_MP, scale_log2, k_total, True)
+        n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
+        logits_MN = gl.where((n < k_total - last * BLOCK_N)[None, :], logits_MN, float("-inf"))
+        p_MN, max_M, sum_MP, _ = _softmax(logits_MN, max_M, sum_MP, scale_log2)
         await_use(full_v, used, STAGES)
-        for step in range(last - 1):  # all full: only the last tile of a record may not be
-            acc_MD, p_MN, max_M, sum_MP = _step(
-                acc_MD, p_MN, max_M, sum_MP, q, rings, used + step, 0, scale_log2, STAGES, False
-            )
+        for step in range(last):  # all full
+            acc_MD, p_MN, max_M, sum_MP = _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used + step, scale_log2, STAGES)
         used += last
-        if last > 0:
-            left = k_total - last * BLOCK_N
-            acc_MD, p_MN, max_M, sum_MP = _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used - 1, left, scale_log2, STAGES, True)
         acc_MD = warpgroup_mma_wait(0, deps=(_add_values(acc_MD, p_MN, v_smem, used, STAGES),))
         complete_use(empty_v, used, STAGES)
         used += 1
@@ -133,49 +129,103 @@ def write_output(acc_MD, max_M, sum_M, out, out_row, lse, at, own, scale_log2, d
     BLOCK_D: gl.constexpr = acc_MD.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     patch, patches, prefix, total = own
+    i = at + gl.arange(0, ROWS, layout=max_M.type.layout)
+    # One instruction, right to 2^-22; gl.log2 is some thirty.
+    log2_M = gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [sum_M], gl.float32, True, 1)
+    lse_M = (max_M * scale_log2 + log2_M) * LN_2
+    gl.store(lse + row_of(i, patch, patches, prefix), lse_M, mask=i < total)
     d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
     i = at + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    ok_M = i < total
+    acc_MD = acc_MD * gl.convert_layout(1.0 / sum_M, gl.SliceLayout(1, acc_MD.type.layout))[:, None]
     rows_M = row_of(i, patch, patches, prefix)
-    lse_M = gl.convert_layout((max_M * scale_log2 + gl.log2(sum_M)) * LN_2, gl.SliceLayout(1, layout))
-    gl.store(lse + rows_M, lse_M, mask=ok_M)
-    acc_MD = acc_MD / gl.convert_layout(sum_M, gl.SliceLayout(1, acc_MD.type.layout))[:, None]
-    store_rows(out, rows_M, out_row, d, ok_M, gl.convert_layout(acc_MD.to(dtype), layout))
+    store_rows(out, rows_M, out_row, d, i < total, gl.convert_layout(acc_MD.to(dtype), layout))
 
 
 @gluon.jit
-def _consume(tensors, numbers, rings, INDEX: gl.constexpr, STAGES: gl.constexpr):
-    """Query rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
-    q, out, lse, tiles, records = tensors
-    q_row, q_head, out_row, out_head, num_rows, heads, num_items, scale_log2 = numbers
-    k_smem = rings[0]
+def _pass_by(rings, used, k_total, STAGES: gl.constexpr):
+    """Keys and values of an item of which this consumer has no rows: given back as they come. Returns the use after them."""
+    k_smem, _, full_k, full_v, empty_k, empty_v = rings
     BLOCK_N: gl.constexpr = k_smem.shape[1]
-    BLOCK_D: gl.constexpr = k_smem.shape[2]
+    for _ in range(0, k_total, BLOCK_N):
+        await_use(full_k, used, STAGES)
+        complete_use(empty_k, used, STAGES)
+        await_use(full_v, used, STAGES)
+        complete_use(empty_v, used, STAGES)
+        used += 1
+    return used
+
+
+@gluon.jit
+def _consume(
+    tensors, numbers, owned, rings, INDEX: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    OWN_STAGES: gl.constexpr, OWN_IN_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Query rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
+    out, lse, tiles, records = tensors
+    out_row, out_head, num_rows, heads, num_items, scale_log2 = numbers
+    own_q, full_own, empty_own = owned
+    dtype: gl.constexpr = rings[0].dtype
+    BLOCK_N: gl.constexpr = rings[0].shape[1]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
-    m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
-    used = 0
+    used, done = 0, 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         head, start, own, met = item_of(tiles, records, item, heads)
-        q_patch, q_patches, q_prefix, q_total = own
         k_total = met[3]
-        i = start + INDEX * ROWS + m
-        rows_M = row_of(i, q_patch, q_patches, q_prefix)
-        # In registers: a product of 64 x 64 with both sides in shared memory asks for all that it can give.
-        q_MD = load_rows(q + head * q_head, rows_M, q_row, d, i < q_total)
-        q_MD = gl.convert_layout(q_MD, gl.DotOperandLayout(0, s_layout, 2))
-        acc_MD, max_M, sum_M, used = attend(q_MD, rings, used, k_total, scale_log2, STAGES)
-        write_output(
-            acc_MD, max_M, sum_M, out + head * out_head, out_row, lse + head * num_rows, start + INDEX * ROWS, own,
-            scale_log2, k_smem.dtype,
-        )  # fmt: skip
+        at = start + INDEX * ROWS
+        await_use(full_own, done, OWN_STAGES)
+        if at < own[3]:
+            q = own_q.index(done % OWN_STAGES * CONSUMERS + INDEX)
+            if OWN_IN_REGISTERS:
+                q_MD = q.load(gl.DotOperandLayout(0, s_layout, 2))
+                complete_use(empty_own, done, OWN_STAGES)
+                acc_MD, max_M, sum_M, used = attend(q_MD, rings, used, k_total, scale_log2, STAGES)
+            else:
+                acc_MD, max_M, sum_M, used = attend(q, rings, used, k_total, scale_log2, STAGES)
+                complete_use(empty_own, done, OWN_STAGES)
+            write_output(
+                acc_MD, max_M, sum_M, out + head * out_head, out_row, lse + head * num_rows, at, own, scale_log2, dtype
+            )
+        else:
+            complete_use(empty_own, done, OWN_STAGES)
+            used = _pass_by(rings, used, k_total, STAGES)
+        done += 1
+
+
+@gluon.jit
+def _produce(
+    q_source, sources, q_numbers, numbers, owned, rings,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr, OWN_STAGES: gl.constexpr,
+):  # fmt: skip
+    """The queries of every item, then its keys and values."""
+    q_desc, q = q_source
+    q_row, q_head = q_numbers
+    tiles, records = sources[4], sources[5]
+    heads, num_items = numbers[4], numbers[5]
+    own_q, full_own, empty_own = owned
+    made, done = 0, 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        head, start, own, met = item_of(tiles, records, item, heads)
+        number = item % heads
+        await_round_before(empty_own, done, OWN_STAGES)
+        bar = full_own.index(done % OWN_STAGES)
+        copied = 0
+        for index in gl.static_range(CONSUMERS):
+            at = start + index * ROWS
+            if at < own[3]:
+                place = own_q.index(done % OWN_STAGES * CONSUMERS + index)
+                copied += load_own(q_desc, q + head * q_head, q_row, number * q_head, at, own, place, bar, PART)
+            else:  # nobody's
+                copied += 1
+        hand_over_own(full_own, done, copied, OWN_STAGES)
+        done += 1
+        made = produce_record(sources, rings, numbers, (), number, met, made, STAGES, PART, True)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "heads", "num_items"])  # they change with every batch
 def attention_forward(
-    k_desc, v_desc, q, k, v, out, lse, tiles, records,
+    q_desc, k_desc, v_desc, q, k, v, out, lse, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, num_rows, heads, num_items, scale_log2,
+    OWN_STAGES: gl.constexpr, OWN_IN_REGISTERS: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -183,30 +233,45 @@ def attention_forward(
 
     An item is one tile of ``64 CONSUMERS`` query rows of one head, the tiles with the most work first, all heads of one after
     the other: dealt out in turn, that leaves no multiprocessor idle for more than 1 part in 35 on the benchmarks' workloads.
-    ``scale_log2`` is positive.
+    ``scale_log2`` is positive. Queries are multiplied from registers or, where those are short, from shared memory.
     """
+    gl.static_assert(BLOCK_N == ROWS)  # the tiles of all three tensors
+    own_q = gl.allocate_shared_memory(q_desc.dtype, [OWN_STAGES * CONSUMERS, ROWS, BLOCK_D], q_desc.layout)
+    owned = (own_q, make_bars(OWN_STAGES, CONSUMERS), make_bars(OWN_STAGES, CONSUMERS))
     rings = make_rings(k_desc, v_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, False)
     sources = (k_desc, v_desc, k, v, tiles, records)
     strides = (k_row, k_head, v_row, v_head, heads, num_items)
-    tensors = (q, out, lse, tiles, records)
-    numbers = (q_row, q_head, out_row, out_head, num_rows, heads, num_items, scale_log2)
+    tensors = (out, lse, tiles, records)
+    numbers = (out_row, out_head, num_rows, heads, num_items, scale_log2)
+    q_source, q_strides = (q_desc, q), (q_row, q_head)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (tensors, numbers, rings, 0, STAGES)),
-                (_consume, (tensors, numbers, rings, 1, STAGES)),
-                (produce, (sources, rings, strides, (), STAGES, PART)),
+                (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_produce, (q_source, sources, q_strides, strides, owned, rings, CONSUMERS, STAGES, PART, OWN_STAGES)),
             ],
             [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
-    else:
-        gl.static_assert(CONSUMERS == 3)
+    elif CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (_consume, (tensors, numbers, rings, 0, STAGES)),
-                (_consume, (tensors, numbers, rings, 1, STAGES)),
-                (_consume, (tensors, numbers, rings, 2, STAGES)),
-                (produce, (sources, rings, strides, (), STAGES, PART)),
+                (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 2, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_produce, (q_source, sources, q_strides, strides, owned, rings, CONSUMERS, STAGES, PART, OWN_STAGES)),
             ],
             [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.static_assert(CONSUMERS == 4)
+        gl.warp_specialize(
+            [
+                (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 2, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 3, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_produce, (q_source, sources, q_strides, strides, owned, rings, CONSUMERS, STAGES, PART, OWN_STAGES)),
+            ],
+            [4, 4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip

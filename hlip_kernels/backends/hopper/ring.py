@@ -186,7 +186,7 @@ def produce_statistics(of, lse_M, delta_M, full, i, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def produce(sources, rings, numbers, statistics, STAGES: gl.constexpr, PART: gl.constexpr):
+def produce(sources, rings, numbers, statistics, STAGES: gl.constexpr, PART: gl.constexpr, REST_FIRST: gl.constexpr = False):
     """Tiles of two tensors, ``a`` and ``b``, for every item of this program: the rows that the item's record lists last.
 
     Forward and dQ go over keys and values, dK and dV over queries and the gradient of the output; these bring ``statistics``
@@ -197,12 +197,19 @@ def produce(sources, rings, numbers, statistics, STAGES: gl.constexpr, PART: gl.
     made = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         _, _, _, met = item_of(tiles, records, item, heads)
-        made = produce_record(sources, rings, numbers, statistics, item % heads, met, made, STAGES, PART)
+        made = produce_record(sources, rings, numbers, statistics, item % heads, met, made, STAGES, PART, REST_FIRST)
 
 
 @gluon.jit
-def produce_record(sources, rings, numbers, statistics, number, met, made, STAGES: gl.constexpr, PART: gl.constexpr):
-    """All rows of one record of head ``number``, from use ``made`` on. Returns the use after them."""
+def produce_record(
+    sources, rings, numbers, statistics, number, met, made, STAGES: gl.constexpr, PART: gl.constexpr,
+    REST_FIRST: gl.constexpr = False,
+):  # fmt: skip
+    """All rows of one record of head ``number``, from use ``made`` on. Returns the use after them.
+
+    Whole tiles of patch rows, then the rest; with ``REST_FIRST`` the other way round, the tile that may not be full before
+    all others.
+    """
     a_desc, b_desc, a, b, _, _ = sources
     a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
     a_row, a_head, b_row, b_head, _, _ = numbers
@@ -212,6 +219,13 @@ def produce_record(sources, rings, numbers, statistics, number, met, made, STAGE
     head = number.to(gl.int64)
     a_base, b_base = a + head * a_head, b + head * b_head
     a_column, b_column = number * a_head, number * b_head
+    if REST_FIRST:
+        gl.static_assert(len(statistics) == 0)
+        tiles = (total - whole + BLOCK - 1) // BLOCK
+        for i in range(tiles):
+            at = whole + (tiles - 1 - i) * BLOCK
+            produce_by_address(a_base, a_row, b_base, b_row, at, met, rings, made, STAGES, PART)
+            made += 1
     if len(statistics) > 0:  # always on their way a tile ahead
         lse_M, delta_M = load_statistics(statistics, head, 0, met, BLOCK)
     for at in range(0, whole, BLOCK):
@@ -221,10 +235,11 @@ def produce_record(sources, rings, numbers, statistics, number, met, made, STAGE
             produce_statistics(statistics, lse_M, delta_M, full_a, made, STAGES)
             lse_M, delta_M = load_statistics(statistics, head, at + BLOCK, met, BLOCK)
         made += 1
-    for at in range(whole, total, BLOCK):
-        produce_by_address(a_base, a_row, b_base, b_row, at, met, rings, made, STAGES, PART)
-        if len(statistics) > 0:
-            produce_statistics(statistics, lse_M, delta_M, full_a, made, STAGES)
-            lse_M, delta_M = load_statistics(statistics, head, at + BLOCK, met, BLOCK)
-        made += 1
+    if not REST_FIRST:
+        for at in range(whole, total, BLOCK):
+            produce_by_address(a_base, a_row, b_base, b_row, at, met, rings, made, STAGES, PART)
+            if len(statistics) > 0:
+                produce_statistics(statistics, lse_M, delta_M, full_a, made, STAGES)
+                lse_M, delta_M = load_statistics(statistics, head, at + BLOCK, met, BLOCK)
+            made += 1
     return made
