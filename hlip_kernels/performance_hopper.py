@@ -93,7 +93,7 @@ STEPS = {
 # Instructions that a warp of a consumer issues for 64 x 64 logits, and those of the group that makes or adds up dQ for as many,
 # by kernel and head dim, from the record of triton 3.6; with 3.8 and 3.9 up to a seventh more or less.
 ISSUED = {
-    ("attention_forward", 64): (264, 0),
+    ("attention_forward", 64): (262, 0),
     ("attention_forward", 128): (300, 0),
     ("attention_forward_whole", 64): (261, 0),
     ("attention_backward_dq", 64): (224, 0),
@@ -120,6 +120,7 @@ OUTSIDE = {
     "attention_backward_fused": 520,
     "attention_backward_whole": 780,
 }
+FEW = 0.4  # of a step: a first tile of at most 16 keys, forward
 OWN_ROWS = 1000  # clocks in which consumers wait for rows of their own, where the producer does not bring them ahead
 # Tensors of q's size that are read or written; 6 where nothing is said.
 TENSORS = {"attention_forward": 4, "attention_forward_whole": 4, "attention_backward_whole": 8}
@@ -274,8 +275,14 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
     met = rows[:, K_PATCHES] + rows[:, K_PREFIXES]
     own = np.minimum(rows[:, Q_PATCHES] + rows[:, Q_PREFIXES] - tiles.numpy()[:, 1], config.rows)
     whole = rows[:, K_PATCHES] // config.block
-    steps = whole + -(-(met - whole * config.block) // config.block)
-    steps *= (-(-own // (ROWS * config.consumers))).clip(1, config.own_blocks)  # blocks that a consumer has rows for
+    steps = (whole + -(-(met - whole * config.block) // config.block)).astype(float)
+    columns = steps * config.block
+    if kernel.startswith("attention_forward"):
+        few = (met > config.block) & ((met - 1) % config.block < config.part)
+        steps -= few * (1 - FEW)
+        columns -= few * (config.block - config.part)
+    blocks = (-(-own // (ROWS * config.consumers))).clip(1, config.own_blocks)  # that a consumer has rows for
+    steps, columns = steps * blocks, columns * blocks
     busy = np.full(len(own), config.consumers)
     if kernel.startswith("attention_forward"):  # consumers without rows let the keys pass by
         busy = (-(-own // ROWS)).clip(1, config.consumers)
@@ -303,7 +310,7 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
     memory = TENSORS.get(kernel, 6) * plan.num_rows * heads * head_dim * dtype.itemsize / rates.bandwidth
     overlapped = clocks[binds] / rates.clock
     seconds = (played.max() / rates.clock, overlapped, serial / rates.clock)
-    computed = ROWS * config.block * float((steps * busy).sum())
+    computed = ROWS * float((columns * busy).sum())
     return Played(
         *(float(max(time, memory)) + LAUNCH for time in seconds),
         binds if overlapped > memory else "memory",

@@ -11,6 +11,7 @@ from hlip_kernels.backends.hopper.config import BACKWARD_WHOLE, FORWARD, FORWARD
 from hlip_kernels.performance import LAUNCH, RATES
 from hlip_kernels.performance_hopper import (
     BARRIER,
+    FEW,
     ISSUED,
     OUTSIDE,
     PRODUCT_LATENCY,
@@ -102,13 +103,13 @@ def test_time_of_one_segment_counted_by_hand():
 
 
 def test_time_of_whole_segments_counted_by_hand():
-    """40 items a multiprocessor, of 198 rows: four tiles of 64 keys, each consumer with one block of queries; or seven of 32
-    queries, each with two of keys."""
+    """40 items a multiprocessor, of 198 rows: three tiles of 64 keys and one of 16, each consumer with one block of queries;
+    or seven of 32 queries, each with two of keys."""
     layout = Layout.from_lengths([198] * (40 * 132), levels=("segment",))
     slow = replace(H200, bandwidth=1e15)  # so that bytes take no time
     rest = {"heads": 1, "head_dim": 64, "dtype": torch.bfloat16, "rates": slow}
     for kernel, table, tiles, blocks in (
-        ("attention_forward_whole", FORWARD_WHOLE, 4, 1), ("attention_backward_whole", BACKWARD_WHOLE, 7, 2),
+        ("attention_forward_whole", FORWARD_WHOLE, 3 + FEW, 1), ("attention_backward_whole", BACKWARD_WHOLE, 7, 2),
     ):  # fmt: skip
         found = predict_hopper(layout, "segment", **rest, backward="backward" in kernel)
         step = clocks_per_step(kernel, table[64], 64, slow)
@@ -117,7 +118,9 @@ def test_time_of_whole_segments_counted_by_hand():
         busy = {unit: tiles * blocks * count for unit, count in units(kernel, table[64], 64, slow).items()}
         busy["issue"] += table[64].consumers * OUTSIDE[kernel]
         assert found.overlapped == pytest.approx(40 * max(busy.values()) / slow.clock + LAUNCH)
-        assert found.useful == pytest.approx(198**2 / (256 * tiles * table[64].block)) and found.balance == pytest.approx(1.0)
+        assert found.useful == pytest.approx(
+            198**2 / (256 * (3 * 64 + 16 if blocks == 1 else 7 * 32))
+        ) and found.balance == pytest.approx(1.0)
     assert predict_hopper(layout, "segment", **rest | {"rates": replace(H200, bandwidth=1e12)}).binds == "memory"
 
 

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from .own import hand_over_own, load_own
 from .ring import (
     ROWS,
+    are_few,
     as_operand,
     await_round_before,
     await_use,
@@ -48,6 +49,13 @@ def _softmax(logits_MN, max_M, sum_MP, scale_log2):
     shrink_M = gl.exp2(max_M * scale_log2 - top_M)
     sum_MP = sum_MP * gl.convert_layout(shrink_M, gl.SliceLayout(1, sum_MP.type.layout))[:, None] + _sum_by_thread(p_MN)
     return p_MN, new_max_M, sum_MP, shrink_M
+
+
+@gluon.jit
+def _mask(logits_MN, left):
+    """Only the first ``left`` columns."""
+    n = gl.arange(0, logits_MN.shape[1], layout=gl.SliceLayout(0, logits_MN.type.layout))
+    return gl.where((n < left)[None, :], logits_MN, float("-inf"))
 
 
 @gluon.jit
@@ -87,10 +95,33 @@ def _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used, scale_log2, STAGES: gl.co
 
 
 @gluon.jit
-def attend(q, rings, used, k_total, scale_log2, STAGES: gl.constexpr):
+def _attend_few(acc_MD, q, rings, used, left, scale_log2, STAGES: gl.constexpr, FEW: gl.constexpr, IN_REGISTERS: gl.constexpr):
+    """A first tile of at most ``FEW`` keys: the output so far, maximum and sums."""
+    k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEW, 16])
+    k, v = k_smem.index(used % STAGES).slice(0, FEW), v_smem.index(used % STAGES).slice(0, FEW)
+    if IN_REGISTERS:
+        q = gl.convert_layout(q, gl.DotOperandLayout(0, layout, 2))
+    await_use(full_k, used, STAGES)
+    zero = gl.zeros([ROWS, FEW], gl.float32, layout)
+    logits_MN = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    logits_MN = _mask(warpgroup_mma_wait(0, deps=(logits_MN,)), left)
+    complete_use(empty_k, used, STAGES)
+    max_M = gl.max(logits_MN, 1)
+    p_MN = gl.exp2(logits_MN * scale_log2 - (max_M * scale_log2)[:, None])
+    await_use(full_v, used, STAGES)
+    acc_MD = warpgroup_mma(as_operand(p_MN, acc_MD, v.dtype), v, acc_MD, is_async=True)
+    acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))
+    complete_use(empty_v, used, STAGES)
+    return acc_MD, max_M, _sum_by_thread(p_MN)
+
+
+@gluon.jit
+def attend(q, rings, used, k_total, scale_log2, STAGES: gl.constexpr, FEW: gl.constexpr, IN_REGISTERS: gl.constexpr):
     """64 query rows of one item, in registers or in shared memory, over the ``k_total`` keys that come from use ``used`` on.
 
-    The tile that may not be full comes first: so the loop needs no mask, and nothing stands between it and the end.
+    The tile that may not be full comes first: so the loop needs no mask, and nothing stands between it and the end. If it has
+    at most ``FEW`` keys, a product of as many does: a slice of 14 x 14 patches and its prefix has three tiles and some keys.
     Returns the output before it is divided by the sum, the maximum and the sum of its rows, and the use after its keys.
     """
     k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
@@ -104,12 +135,21 @@ def attend(q, rings, used, k_total, scale_log2, STAGES: gl.constexpr):
     sum_M = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
     sum_MP = _sum_by_thread(gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout))
     if last >= 0:
+        left = k_total - last * BLOCK_N
+        few = are_few(left, k_total, BLOCK_N, FEW)
+        if few:
+            acc_MD, few_max_M, few_sum_MP = _attend_few(acc_MD, q, rings, used, left, scale_log2, STAGES, FEW, IN_REGISTERS)
+            max_M = gl.convert_layout(few_max_M, max_M.type.layout)
+            sum_MP = gl.convert_layout(few_sum_MP, sum_MP.type.layout)
+            used += 1
+            last -= 1
+            left = last * 0 + BLOCK_N
         await_use(full_k, used, STAGES)
         logits_MN = warpgroup_mma_wait(0, deps=(begin_product(q, k_smem, used, STAGES),))
         complete_use(empty_k, used, STAGES)
-        n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
-        logits_MN = gl.where((n < k_total - last * BLOCK_N)[None, :], logits_MN, float("-inf"))
-        p_MN, max_M, sum_MP, _ = _softmax(logits_MN, max_M, sum_MP, scale_log2)
+        p_MN, max_M, sum_MP, shrink_M = _softmax(_mask(logits_MN, left), max_M, sum_MP, scale_log2)
+        if few:
+            acc_MD = acc_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, o_layout))[:, None]
         await_use(full_v, used, STAGES)
         for step in range(last):  # all full
             acc_MD, p_MN, max_M, sum_MP = _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used + step, scale_log2, STAGES)
@@ -158,7 +198,7 @@ def _pass_by(rings, used, k_total, STAGES: gl.constexpr):
 @gluon.jit
 def _consume(
     tensors, numbers, owned, rings, INDEX: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    OWN_STAGES: gl.constexpr, OWN_IN_REGISTERS: gl.constexpr,
+    PART: gl.constexpr, OWN_STAGES: gl.constexpr, OWN_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Query rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
     out, lse, tiles, records = tensors
@@ -178,9 +218,9 @@ def _consume(
             if OWN_IN_REGISTERS:
                 q_MD = q.load(gl.DotOperandLayout(0, s_layout, 2))
                 complete_use(empty_own, done, OWN_STAGES)
-                acc_MD, max_M, sum_M, used = attend(q_MD, rings, used, k_total, scale_log2, STAGES)
+                acc_MD, max_M, sum_M, used = attend(q_MD, rings, used, k_total, scale_log2, STAGES, PART, True)
             else:
-                acc_MD, max_M, sum_M, used = attend(q, rings, used, k_total, scale_log2, STAGES)
+                acc_MD, max_M, sum_M, used = attend(q, rings, used, k_total, scale_log2, STAGES, PART, False)
                 complete_use(empty_own, done, OWN_STAGES)
             write_output(
                 acc_MD, max_M, sum_M, out + head * out_head, out_row, lse + head * num_rows, at, own, scale_log2, dtype
@@ -247,8 +287,8 @@ def attention_forward(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
-                (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_produce, (q_source, sources, q_strides, strides, owned, rings, CONSUMERS, STAGES, PART, OWN_STAGES)),
             ],
             [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -256,9 +296,9 @@ def attention_forward(
     elif CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
-                (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
-                (_consume, (tensors, numbers, owned, rings, 2, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 2, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_produce, (q_source, sources, q_strides, strides, owned, rings, CONSUMERS, STAGES, PART, OWN_STAGES)),
             ],
             [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -267,10 +307,10 @@ def attention_forward(
         gl.static_assert(CONSUMERS == 4)
         gl.warp_specialize(
             [
-                (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
-                (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
-                (_consume, (tensors, numbers, owned, rings, 2, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
-                (_consume, (tensors, numbers, owned, rings, 3, CONSUMERS, STAGES, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 2, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
+                (_consume, (tensors, numbers, owned, rings, 3, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_produce, (q_source, sources, q_strides, strides, owned, rings, CONSUMERS, STAGES, PART, OWN_STAGES)),
             ],
             [4, 4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],

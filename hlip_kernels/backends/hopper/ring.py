@@ -145,8 +145,14 @@ def load_part(base, row_stride, at, record_rows, BLOCK_D: gl.constexpr, PART: gl
 
 
 @gluon.jit
-def produce_by_address(a, a_row, b, b_row, at, met, rings, i, STAGES: gl.constexpr, PART: gl.constexpr):
-    """Loads use ``i`` of both rings: positions ``at`` and on of a record's rows."""
+def are_few(left, total, BLOCK: gl.constexpr, PART: gl.constexpr):
+    """Whether the last ``left`` of a record's ``total`` rows make a tile of ``PART`` rows, not one of ``BLOCK``."""
+    return (left <= PART) & (total > BLOCK)
+
+
+@gluon.jit
+def produce_by_address(a, a_row, b, b_row, at, met, rings, i, rows, STAGES: gl.constexpr, PART: gl.constexpr):
+    """Loads use ``i`` of both rings: positions ``at`` and on of a record's rows, and only the first ``rows`` of the tile."""
     a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
     BLOCK: gl.constexpr = a_smem.shape[1]
     BLOCK_D: gl.constexpr = a_smem.shape[2]
@@ -154,10 +160,11 @@ def produce_by_address(a, a_row, b, b_row, at, met, rings, i, STAGES: gl.constex
     await_round_before(empty_a, i, STAGES)
     await_round_before(empty_b, i, STAGES)
     for part in gl.static_range(BLOCK // PART):
-        a_part = load_part(a, a_row, at + part * PART, met, BLOCK_D, PART)
-        b_part = load_part(b, b_row, at + part * PART, met, BLOCK_D, PART)
-        a_tile.slice(part * PART, PART).store(a_part)
-        b_tile.slice(part * PART, PART).store(b_part)
+        if part * PART < rows:
+            a_part = load_part(a, a_row, at + part * PART, met, BLOCK_D, PART)
+            b_part = load_part(b, b_row, at + part * PART, met, BLOCK_D, PART)
+            a_tile.slice(part * PART, PART).store(a_part)
+            b_tile.slice(part * PART, PART).store(b_part)
     fence_async_shared()
     complete_use(full_a, i, STAGES)
     complete_use(full_b, i, STAGES)
@@ -208,7 +215,7 @@ def produce_record(
     """All rows of one record of head ``number``, from use ``made`` on. Returns the use after them.
 
     Whole tiles of patch rows, then the rest; with ``REST_FIRST`` the other way round, the tile that may not be full before
-    all others.
+    all others, and as few rows of it as :func:`are_few` says.
     """
     a_desc, b_desc, a, b, _, _ = sources
     a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
@@ -224,7 +231,8 @@ def produce_record(
         tiles = (total - whole + BLOCK - 1) // BLOCK
         for i in range(tiles):
             at = whole + (tiles - 1 - i) * BLOCK
-            produce_by_address(a_base, a_row, b_base, b_row, at, met, rings, made, STAGES, PART)
+            rows = gl.where(are_few(total - at, total, BLOCK, PART), PART, BLOCK)
+            produce_by_address(a_base, a_row, b_base, b_row, at, met, rings, made, rows, STAGES, PART)
             made += 1
     if len(statistics) > 0:  # always on their way a tile ahead
         lse_M, delta_M = load_statistics(statistics, head, 0, met, BLOCK)
@@ -237,7 +245,7 @@ def produce_record(
         made += 1
     if not REST_FIRST:
         for at in range(whole, total, BLOCK):
-            produce_by_address(a_base, a_row, b_base, b_row, at, met, rings, made, STAGES, PART)
+            produce_by_address(a_base, a_row, b_base, b_row, at, met, rings, made, BLOCK, STAGES, PART)
             if len(statistics) > 0:
                 produce_statistics(statistics, lse_M, delta_M, full_a, made, STAGES)
                 lse_M, delta_M = load_statistics(statistics, head, at + BLOCK, met, BLOCK)
