@@ -85,7 +85,7 @@ def test_patterns(layout, options):
 def test_short_segments_of_every_length(monkeypatch, whole):
     """And the same bits with several for each place of a multiprocessor, whatever is next beside them."""
     monkeypatch.setattr(BACKENDS["hopper"], "whole", whole, raising=False)
-    lengths = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 192, 193, 196, 224, 225, 253]
+    lengths = [1, 14, 15, 31, 32, 33, 63, 64, 65, 78, 79, 127, 128, 129, 142, 143, 191, 192, 193, 196, 206, 207, 224, 225, 253]
     layouts = [Layout.from_lengths(n * lengths, num_prefix=2, levels=("slice",), row_multiple=64).to("cuda") for n in (1, 4)]
     compare("hopper", layouts[0], "slice", torch.bfloat16, 64)
     layout = layouts[1]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_truth import naive_attention, relative
 from emulated_hopper import WAYS, WRITTEN, Case, EmulatedHopperBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,6 +110,7 @@ EDGES = {
     ),
     "a study of several blocks of rows": Case([[[200, 250]]], 2, "study"),
     "logits of hundreds": Case([[[130, 65]]], 1, "study", logits=(5.0, 0.0)),
+    "logits of more than a hundred, several tiles": Case([[[130, 65]]], 1, "study", logits=(10.0, 0.0)),
     "logits far below 0": Case([[[130, 65]]], 1, "scan", logits=(1.0, 4.0)),
     "a negative scale": Case([[[130, 65]]], 1, "study", scale=-0.2),
     "a scale of 0": Case([[[130, 65]]], 1, "study", scale=0.0),
@@ -141,13 +143,30 @@ def test_backward_in_one_kernel_is_for_level_patterns(name, way):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 192, 193, 198, 224, 225, 255, 256])
+@pytest.mark.parametrize(
+    "length",
+    [1, 16, 17, 31, 32, 33, 63, 64, 65, 80, 81, 127, 128, 129, 144, 145, 191, 192, 193, 198, 208, 209, 224, 225, 255, 256],
+)
 def test_whole_segments_of_every_kind_of_length(length, dtype):
-    """Around tiles of 32 rows, blocks of 64 and their pairs; the first segment is followed by longer and shorter ones."""
+    """Around tiles of 16, 32 and 64 rows and pairs of those; the first segment is followed by longer and shorter ones."""
     prefix = min(length - 1, 2)
     case = Case([[[length - prefix, 256 - prefix, 70, length - prefix]]], prefix, "slice", dtype, heads=1)
     assert list(check_forward(case, True, programs=2, seed=length).written) == ["attention_forward_whole"]
+    check_forward(case, False, programs=2, seed=length)
     assert tuple(check_backward(case, "whole", programs=2, seed=length).written) == WHOLE
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by tiles"])
+@pytest.mark.parametrize("length, hidden", [(65, 64), (80, 64), (100, 64), (200, 0)])
+def test_a_tile_of_which_every_logit_is_minus_infinity(length, hidden, whole):
+    """Those rows count for nothing: the last tile, which comes first, or the one after it."""
+    case = Case([[[length]]], 0, "slice", torch.bfloat16)
+    q, k, _ = case.qkv
+    q[..., 0] = 1.0
+    k[hidden : hidden + 64, :, 0] = float("-inf")
+    found = case.forward(EmulatedHopperBackend(whole=whole))
+    out, lse = naive_attention(*(t.double() for t in case.qkv), case.mask, case.exact_scale)
+    assert relative(found["out"], out) < 0.01 and relative(found["lse"], lse) < 1e-6
 
 
 def test_more_rows_outside_every_segment_than_a_place_holds():

@@ -34,21 +34,23 @@ from .ring import (
 )
 
 LN_2 = gl.constexpr(0.6931471805599453)
+LOWEST = gl.constexpr(-3e38)  # a maximum so far: finite, since a whole tile may be of logits that are -inf
 
 
 @gluon.jit
-def _softmax(logits_MN, max_M, sum_MP, scale_log2):
+def _softmax(logits_MN, top_M, sum_MP, scale_log2):
     """Online softmax of one tile: probabilities, the new maximum and sums, and what older sums shrink by.
 
     A row has 8 sums, each of every eighth column (``P``): so a thread adds what it holds itself, and nobody else's before the
     last tile.
     """
-    new_max_M = gl.maximum(max_M, gl.max(logits_MN, 1))
-    top_M = new_max_M * scale_log2
-    p_MN = gl.exp2(logits_MN * scale_log2 - top_M[:, None])
-    shrink_M = gl.exp2(max_M * scale_log2 - top_M)
+    # The scaled maximum goes from tile to tile. Were it scaled anew, in one instruction with the difference, an unchanged one
+    # would shrink by its rounding at every tile.
+    new_top_M = gl.maximum(top_M, gl.max(logits_MN, 1) * scale_log2)
+    p_MN = gl.exp2(logits_MN * scale_log2 - new_top_M[:, None])
+    shrink_M = gl.exp2(top_M - new_top_M)
     sum_MP = sum_MP * gl.convert_layout(shrink_M, gl.SliceLayout(1, sum_MP.type.layout))[:, None] + _sum_by_thread(p_MN)
-    return p_MN, new_max_M, sum_MP, shrink_M
+    return p_MN, new_top_M, sum_MP, shrink_M
 
 
 @gluon.jit
@@ -71,7 +73,7 @@ def _add_values(acc_MD, p_MN, v_smem, used, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used, scale_log2, STAGES: gl.constexpr):
+def _step(acc_MD, p_MN, top_M, sum_MP, q, rings, used, scale_log2, STAGES: gl.constexpr):
     """From the probabilities of tile ``used``, whose values must be there, to those of the next, whose values are then.
 
     What keeps ptxas (12.8 to 13.4) from undoing the overlap; ``tests/test_hopper_compile.py`` looks for it in the machine
@@ -86,12 +88,12 @@ def _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used, scale_log2, STAGES: gl.co
     acc_MD = _add_values(acc_MD, p_MN, v_smem, used, STAGES)
     logits_MN = warpgroup_mma_wait(1, deps=(logits_MN,))
     complete_use(empty_k, used + 1, STAGES)
-    p_MN, max_M, sum_MP, shrink_M = _softmax(logits_MN, max_M, sum_MP, scale_log2)
+    p_MN, top_M, sum_MP, shrink_M = _softmax(logits_MN, top_M, sum_MP, scale_log2)
     await_use(full_v, used + 1, STAGES)
     acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))
     complete_use(empty_v, used, STAGES)
     acc_MD = acc_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, acc_MD.type.layout))[:, None]
-    return acc_MD, p_MN, max_M, sum_MP
+    return acc_MD, p_MN, top_M, sum_MP
 
 
 @gluon.jit
@@ -107,13 +109,13 @@ def _attend_few(acc_MD, q, rings, used, left, scale_log2, STAGES: gl.constexpr, 
     logits_MN = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     logits_MN = _mask(warpgroup_mma_wait(0, deps=(logits_MN,)), left)
     complete_use(empty_k, used, STAGES)
-    max_M = gl.max(logits_MN, 1)
-    p_MN = gl.exp2(logits_MN * scale_log2 - (max_M * scale_log2)[:, None])
+    top_M = gl.maximum(gl.max(logits_MN, 1) * scale_log2, LOWEST)
+    p_MN = gl.exp2(logits_MN * scale_log2 - top_M[:, None])
     await_use(full_v, used, STAGES)
     acc_MD = warpgroup_mma(as_operand(p_MN, acc_MD, v.dtype), v, acc_MD, is_async=True)
     acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))
     complete_use(empty_v, used, STAGES)
-    return acc_MD, max_M, _sum_by_thread(p_MN)
+    return acc_MD, top_M, _sum_by_thread(p_MN)
 
 
 @gluon.jit
@@ -122,7 +124,7 @@ def attend(q, rings, used, k_total, scale_log2, STAGES: gl.constexpr, FEW: gl.co
 
     The tile that may not be full comes first: so the loop needs no mask, and nothing stands between it and the end. If it has
     at most ``FEW`` keys, a product of as many does: a slice of 14 x 14 patches and its prefix has three tiles and some keys.
-    Returns the output before it is divided by the sum, the maximum and the sum of its rows, and the use after its keys.
+    Returns the output before it is divided by the sum, the scaled maximum and the sum of its rows, and the use after its keys.
     """
     k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
     BLOCK_N: gl.constexpr = k_smem.shape[1]
@@ -131,15 +133,15 @@ def attend(q, rings, used, k_total, scale_log2, STAGES: gl.constexpr, FEW: gl.co
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     last = (k_total + BLOCK_N - 1) // BLOCK_N - 1
     acc_MD = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
-    max_M = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    top_M = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, s_layout))
     sum_M = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
     sum_MP = _sum_by_thread(gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout))
     if last >= 0:
         left = k_total - last * BLOCK_N
         few = are_few(left, k_total, BLOCK_N, FEW)
         if few:
-            acc_MD, few_max_M, few_sum_MP = _attend_few(acc_MD, q, rings, used, left, scale_log2, STAGES, FEW, IN_REGISTERS)
-            max_M = gl.convert_layout(few_max_M, max_M.type.layout)
+            acc_MD, few_top_M, few_sum_MP = _attend_few(acc_MD, q, rings, used, left, scale_log2, STAGES, FEW, IN_REGISTERS)
+            top_M = gl.convert_layout(few_top_M, top_M.type.layout)
             sum_MP = gl.convert_layout(few_sum_MP, sum_MP.type.layout)
             used += 1
             last -= 1
@@ -147,32 +149,32 @@ def attend(q, rings, used, k_total, scale_log2, STAGES: gl.constexpr, FEW: gl.co
         await_use(full_k, used, STAGES)
         logits_MN = warpgroup_mma_wait(0, deps=(begin_product(q, k_smem, used, STAGES),))
         complete_use(empty_k, used, STAGES)
-        p_MN, max_M, sum_MP, shrink_M = _softmax(_mask(logits_MN, left), max_M, sum_MP, scale_log2)
+        p_MN, top_M, sum_MP, shrink_M = _softmax(_mask(logits_MN, left), top_M, sum_MP, scale_log2)
         if few:
             acc_MD = acc_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, o_layout))[:, None]
         await_use(full_v, used, STAGES)
         for step in range(last):  # all full
-            acc_MD, p_MN, max_M, sum_MP = _step(acc_MD, p_MN, max_M, sum_MP, q, rings, used + step, scale_log2, STAGES)
+            acc_MD, p_MN, top_M, sum_MP = _step(acc_MD, p_MN, top_M, sum_MP, q, rings, used + step, scale_log2, STAGES)
         used += last
         acc_MD = warpgroup_mma_wait(0, deps=(_add_values(acc_MD, p_MN, v_smem, used, STAGES),))
         complete_use(empty_v, used, STAGES)
         used += 1
         sum_M = gl.convert_layout(gl.sum(sum_MP, 1), gl.SliceLayout(1, s_layout))
     else:  # rows outside every segment
-        max_M = gl.zeros_like(max_M)
-    return acc_MD, max_M, sum_M, used
+        top_M = gl.zeros_like(top_M)
+    return acc_MD, top_M, sum_M, used
 
 
 @gluon.jit
-def write_output(acc_MD, max_M, sum_M, out, out_row, lse, at, own, scale_log2, dtype: gl.constexpr):
+def write_output(acc_MD, top_M, sum_M, out, out_row, lse, at, own, dtype: gl.constexpr):
     """Output and log-sum-exp of one head for the 64 rows from position ``at`` of a record on."""
     BLOCK_D: gl.constexpr = acc_MD.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     patch, patches, prefix, total = own
-    i = at + gl.arange(0, ROWS, layout=max_M.type.layout)
+    i = at + gl.arange(0, ROWS, layout=top_M.type.layout)
     # One instruction, right to 2^-22; gl.log2 is some thirty.
     log2_M = gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [sum_M], gl.float32, True, 1)
-    lse_M = (max_M * scale_log2 + log2_M) * LN_2
+    lse_M = (top_M + gl.where(sum_M == 1.0, 0.0, log2_M)) * LN_2
     gl.store(lse + row_of(i, patch, patches, prefix), lse_M, mask=i < total)
     d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
     i = at + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
@@ -218,13 +220,11 @@ def _consume(
             if OWN_IN_REGISTERS:
                 q_MD = q.load(gl.DotOperandLayout(0, s_layout, 2))
                 complete_use(empty_own, done, OWN_STAGES)
-                acc_MD, max_M, sum_M, used = attend(q_MD, rings, used, k_total, scale_log2, STAGES, PART, True)
+                acc_MD, top_M, sum_M, used = attend(q_MD, rings, used, k_total, scale_log2, STAGES, PART, True)
             else:
-                acc_MD, max_M, sum_M, used = attend(q, rings, used, k_total, scale_log2, STAGES, PART, False)
+                acc_MD, top_M, sum_M, used = attend(q, rings, used, k_total, scale_log2, STAGES, PART, False)
                 complete_use(empty_own, done, OWN_STAGES)
-            write_output(
-                acc_MD, max_M, sum_M, out + head * out_head, out_row, lse + head * num_rows, at, own, scale_log2, dtype
-            )
+            write_output(acc_MD, top_M, sum_M, out + head * out_head, out_row, lse + head * num_rows, at, own, dtype)
         else:
             complete_use(empty_own, done, OWN_STAGES)
             used = _pass_by(rings, used, k_total, STAGES)
