@@ -24,7 +24,8 @@ class Config:
         consumer_registers, producer_registers: of a thread, multiples of 8; together at most what the card has.
         reducer_registers: of the group that makes or adds up dQ, if there is one. reducer_stages: tiles handed to it.
         own_blocks: blocks of 64 rows that a consumer owns. own_stages: how many tiles of its own rows a program has room for,
-            where they come while it is busy with others. own_in_registers: forward, where its rows are multiplied from.
+            where they come while it is busy with others. own_in_registers: forward, whether its rows are multiplied from
+            registers or from shared memory; ``None`` for the other kernels.
     """
 
     consumers: int
@@ -52,7 +53,7 @@ class Config:
 
 
 # Three consumers share each tile of keys and values: 192 rows a tile keep what a multiprocessor asks of L2 at 21 bytes a
-# clock if products bind. Tiles of 64 rows leave room for the logits of two tiles, which is what overlaps.
+# clock if products bind. Tiles of 64 rows leave room for the logits of one tile and the probabilities of the one before.
 FORWARD = {
     64: Config(
         consumers=3, block=64, stages=4, part=16, consumer_registers=160, producer_registers=32,

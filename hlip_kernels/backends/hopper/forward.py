@@ -145,7 +145,7 @@ def attend(q, rings, used, k_total, scale_log2, STAGES: gl.constexpr, FEW: gl.co
             sum_MP = gl.convert_layout(few_sum_MP, sum_MP.type.layout)
             used += 1
             last -= 1
-            left = last * 0 + BLOCK_N
+        left = gl.where(few, BLOCK_N, left)
         await_use(full_k, used, STAGES)
         logits_MN = warpgroup_mma_wait(0, deps=(begin_product(q, k_smem, used, STAGES),))
         complete_use(empty_k, used, STAGES)
@@ -218,11 +218,10 @@ def _consume(
         if at < own[3]:
             q = own_q.index(done % OWN_STAGES * CONSUMERS + INDEX)
             if OWN_IN_REGISTERS:
-                q_MD = q.load(gl.DotOperandLayout(0, s_layout, 2))
+                q = q.load(gl.DotOperandLayout(0, s_layout, 2))
                 complete_use(empty_own, done, OWN_STAGES)
-                acc_MD, top_M, sum_M, used = attend(q_MD, rings, used, k_total, scale_log2, STAGES, PART, True)
-            else:
-                acc_MD, top_M, sum_M, used = attend(q, rings, used, k_total, scale_log2, STAGES, PART, False)
+            acc_MD, top_M, sum_M, used = attend(q, rings, used, k_total, scale_log2, STAGES, PART, OWN_IN_REGISTERS)
+            if not OWN_IN_REGISTERS:
                 complete_use(empty_own, done, OWN_STAGES)
             write_output(acc_MD, top_M, sum_M, out + head * out_head, out_row, lse + head * num_rows, at, own, dtype)
         else:

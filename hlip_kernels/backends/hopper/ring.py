@@ -193,18 +193,18 @@ def produce_statistics(of, lse_M, delta_M, full, i, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def produce(sources, rings, numbers, statistics, STAGES: gl.constexpr, PART: gl.constexpr, REST_FIRST: gl.constexpr = False):
+def produce(sources, rings, numbers, statistics, STAGES: gl.constexpr, PART: gl.constexpr):
     """Tiles of two tensors, ``a`` and ``b``, for every item of this program: the rows that the item's record lists last.
 
-    Forward and dQ go over keys and values, dK and dV over queries and the gradient of the output; these bring ``statistics``
-    (:func:`make_statistics`), which are empty for the others.
+    dQ goes over keys and values, dK and dV over queries and the gradient of the output; these bring ``statistics``
+    (:func:`make_statistics`), which are empty for dQ.
     """
     tiles, records = sources[4], sources[5]
     heads, num_items = numbers[4], numbers[5]
     made = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         _, _, _, met = item_of(tiles, records, item, heads)
-        made = produce_record(sources, rings, numbers, statistics, item % heads, met, made, STAGES, PART, REST_FIRST)
+        made = produce_record(sources, rings, numbers, statistics, item % heads, met, made, STAGES, PART)
 
 
 @gluon.jit
