@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from .backends.hopper.config import HEAD_DIMS, KERNELS, ROWS, SPLIT, Config, backward_kernels, forward_kernel
+from .backends.hopper.config import FUSED, HEAD_DIMS, KERNELS, ROWS, SPLIT, WHOLE, Config, backward_kernels, forward_kernel
 from .layout import Layout
 from .pattern import K_PATCHES, K_PREFIXES, Q_PATCHES, Q_PREFIXES, Plan
 from .performance import LAUNCH, RATES, Rates
@@ -93,14 +93,14 @@ STEPS = {
 # Instructions that a warp of a consumer issues for 64 x 64 logits, and those of the group that makes or adds up dQ for as many,
 # by kernel and head dim, from the record of triton 3.6; with 3.8 and 3.9 up to a seventh more or less.
 ISSUED = {
-    ("attention_forward", 64): (262, 0),
+    ("attention_forward", 64): (264, 0),
     ("attention_forward", 128): (300, 0),
     ("attention_forward_whole", 64): (261, 0),
-    ("attention_backward_dq", 64): (224, 0),
-    ("attention_backward_dq", 128): (257, 0),
-    ("attention_backward_dkdv", 64): (259, 0),
-    ("attention_backward_dkdv", 128): (311, 0),
-    ("attention_backward_fused", 64): (331, 150),
+    ("attention_backward_dq", 64): (222, 0),
+    ("attention_backward_dq", 128): (254, 0),
+    ("attention_backward_dkdv", 64): (257, 0),
+    ("attention_backward_dkdv", 128): (301, 0),
+    ("attention_backward_fused", 64): (328, 153),
     ("attention_backward_whole", 64): (444, 162),
 }
 # The same steps, forward with queries in shared memory; backward, one for each block of keys that a consumer owns.
@@ -115,13 +115,13 @@ STEPS |= {
 OUTSIDE = {
     "attention_forward": 375,
     "attention_forward_whole": 375,
-    "attention_backward_dq": 750,
-    "attention_backward_dkdv": 480,
-    "attention_backward_fused": 520,
+    "attention_backward_dq": 590,
+    "attention_backward_dkdv": 390,
+    "attention_backward_fused": 440,
     "attention_backward_whole": 780,
 }
 FEW = 0.4  # of a step: a first tile of at most 16 keys, forward
-OWN_ROWS = 1000  # clocks in which consumers wait for rows of their own, where the producer does not bring them ahead
+OWN_ROWS = 1000  # clocks in which consumers wait for rows of their own, where there is room for those of one item alone
 # Tensors of q's size that are read or written; 6 where nothing is said.
 TENSORS = {"attention_forward": 4, "attention_forward_whole": 4, "attention_backward_whole": 8}
 
@@ -284,7 +284,7 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
     blocks = (-(-own // (ROWS * config.consumers))).clip(1, config.own_blocks)  # that a consumer has rows for
     steps, columns = steps * blocks, columns * blocks
     busy = np.full(len(own), config.consumers)
-    if kernel.startswith("attention_forward"):  # consumers without rows let the keys pass by
+    if kernel not in (*FUSED, *WHOLE):  # consumers without rows let the others pass by
         busy = (-(-own // ROWS)).clip(1, config.consumers)
 
     def dealt(clocks: dict[int, float], outside: float = 0.0, waiting: float = 0.0) -> np.ndarray:
@@ -303,7 +303,7 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
         unit: dealt({n: found[unit] for n, found in by_unit.items()}, outside * (unit == "issue")).max() for unit in names
     }
     binds = max(clocks, key=clocks.__getitem__)
-    waiting = 0.0 if config.own_stages else OWN_ROWS
+    waiting = 0.0 if config.own_stages > 1 else OWN_ROWS
     played = dealt({n: clocks_per_step(kernel, c, head_dim, rates) for n, c in configs.items()}, outside, waiting)
     serial = sum(count for unit, count in clocks.items() if unit != "shared memory")
     serial += waiting * -(-len(own) * heads // rates.multiprocessors)

@@ -11,7 +11,6 @@ how many products are in flight when its exponentials are computed.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import torch
 
 from .backends.hopper import constants_of
 from .backends.hopper.config import HEAD_DIMS, KERNELS, WHOLE, Config
+from .machine_code import Instruction, innermost_loops, parse
 from .resources import argument_type, run_tool, usage_of, write_rows
 
 SHARED_MEMORY = 232448  # bytes that one program may use
@@ -33,38 +33,6 @@ VARIANTS = {
     "attention_backward_fused": ({"ORDERED": True}, {"ORDERED": False}),
     "attention_backward_whole": ({"HAS_GRAD_LSE": False}, {"HAS_GRAD_LSE": True}),
 }
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One machine instruction: its name with modifiers, its operands, and whether a predicate guards it."""
-
-    name: str
-    operands: str
-    guarded: bool
-
-    @property
-    def kind(self) -> str:
-        """What it is to the order of things; empty for most."""
-        if self.name.startswith("HGMMA"):
-            return "product"
-        if self.name.startswith("WARPGROUP.DEPBAR"):
-            return f"wait {int(re.search(r'0x[0-9a-f]+', self.operands).group(), 16)}"
-        if self.name.startswith(("STL", "LDL")):
-            return "spill"
-        return {"MUFU.EX2": "exp2", "BAR.SYNC.DEFER_BLOCKING": "barrier"}.get(self.name, "")
-
-    @property
-    def targets(self) -> list[str]:
-        """Labels it may jump to."""
-        return re.findall(r"\.L_x_\d+", self.operands) if self.name.startswith(("BRA", "BRX", "JMP")) else []
-
-    @property
-    def falls_through(self) -> bool:
-        """Whether the next instruction may follow."""
-        if self.name in ("EXIT", "RET.REL.NODEC", "BRX", "JMP"):
-            return self.guarded and self.name != "BRX"
-        return self.name != "BRA" or self.guarded or not self.operands.startswith("`")
 
 
 @dataclass(frozen=True)
@@ -159,7 +127,7 @@ def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None 
         blocks = parse(run_tool("nvdisasm", "-c", cubin).stdout)
         said = run_tool("ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder, "again.cubin"))
     code = [i for block in blocks for i in block.instructions]
-    loops = multiplying_loops(blocks)
+    loops = innermost_loops(blocks, "product")
     found = [in_flight(loop) for loop in loops]
     with_exponentials = [loop for loop, (exponentials, _) in zip(loops, found, strict=True) if exponentials]
     without = [loop for loop, (exponentials, _) in zip(loops, found, strict=True) if not exponentials]
@@ -179,90 +147,6 @@ def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None 
         unsynchronised=unsynchronised(code, kernel not in WHOLE),
         order=order_of(with_exponentials[0]) if with_exponentials else "",
     )  # fmt: skip
-
-
-@dataclass
-class Block:
-    """Instructions that run one after the other, and the numbers of the blocks that may follow."""
-
-    instructions: list[Instruction]
-    next: list[int]
-
-
-def parse(disassembly: str) -> list[Block]:
-    """The blocks of what ``nvdisasm -c`` prints, in the order of their addresses."""
-    blocks, starts = [[]], {}
-    for line in disassembly.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            if blocks[-1]:
-                blocks.append([])
-            starts[label.group(1)] = len(blocks) - 1
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*;.*)", line):
-            guard, name, operands = found.groups()
-            blocks[-1].append(Instruction(name, operands, guard is not None))
-            if blocks[-1][-1].targets or not blocks[-1][-1].falls_through:
-                blocks.append([])
-    linked = []
-    for i, block in enumerate(blocks):
-        after = [starts[t] for t in block[-1].targets if t in starts] if block else []
-        if i + 1 < len(blocks) and (not block or block[-1].falls_through):
-            after.append(i + 1)
-        linked.append(Block(block, after))
-    return linked
-
-
-def _dominators(blocks: list[Block]) -> list[int]:
-    """For every block, as bits: the blocks that every path from the start to it goes through."""
-    everything = (1 << len(blocks)) - 1
-    before = [[] for _ in blocks]
-    for i, block in enumerate(blocks):
-        for after in block.next:
-            before[after].append(i)
-    found = [1] + [everything] * (len(blocks) - 1)
-    changed = True
-    while changed:
-        changed = False
-        for i in range(1, len(blocks)):
-            common = everything
-            for j in before[i]:
-                common &= found[j]
-            if common | 1 << i != found[i]:
-                found[i], changed = common | 1 << i, True
-    return found
-
-
-def _natural_loops(blocks: list[Block]) -> dict[int, set[int]]:
-    """By first block, the blocks of every loop. One that nothing leads to (padding) is no loop."""
-    dominators = _dominators(blocks)
-    before = [[] for _ in blocks]
-    for i, block in enumerate(blocks):
-        for after in block.next:
-            before[after].append(i)
-    loops: dict[int, set[int]] = {}
-    for i, block in enumerate(blocks):
-        for head in block.next:
-            if dominators[i] >> head & 1:
-                body, todo = loops.setdefault(head, {head}), [i]
-                while todo:
-                    j = todo.pop()
-                    if j not in body:
-                        body.add(j)
-                        todo += before[j]
-    return loops
-
-
-def multiplying_loops(blocks: list[Block]) -> list[list[Instruction]]:
-    """The innermost loops with products in them: their instructions, by address from the loop's first block on."""
-    loops = {
-        head: body
-        for head, body in _natural_loops(blocks).items()
-        if any(i.kind == "product" for b in body for i in blocks[b].instructions)
-    }
-    innermost = [(head, body) for head, body in loops.items() if not any(other < body for other in loops.values())]
-    return [
-        [i for b in sorted(body, key=lambda b: (b < head, b)) for i in blocks[b].instructions]
-        for head, body in sorted(innermost)
-    ]
 
 
 def in_flight(loop: list[Instruction]) -> tuple[int, int]:

@@ -136,6 +136,21 @@ def test_consumers_without_rows_cost_nothing_forward():
     assert times == pytest.approx([10 * c / H200.clock for c in clocks])
 
 
+def test_consumers_without_rows_cost_nothing_backward():
+    """Head dim 128, two kernels of two consumers: of 64 rows one consumer has a step, of 128 both have two."""
+    rest = {"heads": 1, "head_dim": 128, "dtype": torch.bfloat16, "rates": replace(H200, bandwidth=1e15), "backward": True}
+    kernels = ("attention_backward_dq", "attention_backward_dkdv")
+    for rows, busy, steps in ((64, 1, 1), (128, 2, 2)):
+        layout = Layout.from_lengths([rows] * 1320, levels=("segment",))
+        clocks = 0
+        for kernel in kernels:
+            alone = replace(KERNELS[kernel][128], consumers=busy)
+            by_unit = {unit: steps * count for unit, count in units(kernel, alone, 128, H200).items()}
+            by_unit["issue"] += busy * OUTSIDE[kernel]
+            clocks += 10 * max(by_unit.values())
+        assert predict_hopper(layout, "segment", **rest).overlapped == pytest.approx(clocks / H200.clock + 2 * LAUNCH)
+
+
 def test_one_backward_kernel_is_predicted_faster_than_two_and_two_slower_than_forward():
     layout = Layout.from_lengths([12560] * 8, levels=("segment",))
     rest = {"heads": 12, "head_dim": 64, "dtype": torch.bfloat16, "rates": H200}

@@ -103,7 +103,7 @@ class HopperBackend(Backend):
         has_grad_lse = grad_lse is not None
         if not has_grad_lse:
             grad_lse = lse  # never read
-        q, k, v, grad_out = map(_loadable, (q, k, v, grad_out))
+        q, k, v, out, grad_out = map(_loadable, (q, k, v, out, grad_out))
         any_order = not wants_same_bits(numerics)
         names = backward_kernels(plan, head_dim, any_order or self.ordered, self.whole)
         run = {SPLIT: self._split, FUSED: functools.partial(self._fused, ordered=not any_order), WHOLE: self._whole}[names]
@@ -120,7 +120,7 @@ class HopperBackend(Backend):
         items = len(tiles) * heads
         if items:
             self.launch(
-                "attention_backward_dq", config, items, [k, v],
+                "attention_backward_dq", config, items, [k, v, q, grad_out, out],
                 q, k, v, out, grad_out, lse, grad_lse, dq, delta, tiles, records,
                 *strides_of(q, k, v, out, grad_out), grad_lse.stride(0), grad_lse.stride(1), *strides_of(dq),
                 num_rows, heads, items, scale, scale * LOG2_E,
@@ -132,7 +132,7 @@ class HopperBackend(Backend):
         items = len(tiles) * heads
         if items:
             self.launch(
-                "attention_backward_dkdv", config, items, [q, grad_out],
+                "attention_backward_dkdv", config, items, [q, grad_out, k, v],
                 q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
                 *strides_of(q, k, v, grad_out, dk, dv), num_rows, heads, items, scale, scale * LOG2_E,
             )  # fmt: skip
@@ -149,7 +149,7 @@ class HopperBackend(Backend):
         items = len(tiles) * heads
         if items:
             self.launch(
-                "attention_backward_fused", config, items, [q, grad_out],
+                "attention_backward_fused", config, items, [q, grad_out, k, v],
                 q, k, v, grad_out, lse, delta, dq_sum, turns, dk, dv, tiles, records,
                 *strides_of(q, k, v, grad_out, dq_sum, dk, dv), num_rows, heads, items, scale, scale * LOG2_E,
                 ORDERED=ordered,

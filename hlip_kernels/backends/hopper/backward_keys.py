@@ -1,8 +1,8 @@
 """dK and dV for Hopper in Gluon, alone or with dQ: a producer of queries and output gradients, two consumers with keys.
 
-A program owns 128 keys and goes over the queries that see them. Each consumer makes logits and dP of 64 keys, transposed
-(``k q^T``), so that they come out of one product as the left operand of the next without passing through shared memory, and
-adds to its dK and dV: the same bits every run.
+A program owns 128 keys, brought ahead as in :mod:`.own`, and goes over the queries that see them. Each consumer makes logits
+and dP of 64 keys, transposed (``k q^T``), so that they come out of one product as the left operand of the next without passing
+through shared memory, and adds to its dK and dV: the same bits every run.
 
 With dQ, that is five products where dQ apart takes seven. What both consumers make of a tile of queries, dS, they leave in
 shared memory for a third group, the *reducer*: it multiplies it with the keys and adds the result to a float32 dQ in device
@@ -18,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from .own import make_own, make_own_bars, produce_with_own
 from .ring import (
     ROWS,
     as_operand,
@@ -27,13 +28,12 @@ from .ring import (
     begin_product,
     complete_use,
     item_of,
-    load_rows,
     make_bars,
     make_rings,
     make_statistics,
-    produce,
+    pass_by,
     row_of,
-    store_rows,
+    store_block,
 )
 
 
@@ -84,65 +84,52 @@ def add_query_tile(
 
 @gluon.jit
 def _consume(
-    tensors, numbers, k_smem, v_smem, rings, statistics, handed,
-    INDEX: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
+    tensors, numbers, owned, rings, statistics, handed,
+    INDEX: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, OWN_STAGES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of key rows ``64 INDEX`` to ``64 INDEX + 63`` of every item of this program."""
-    k, v, dk, dv, tiles, records = tensors
-    k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, heads, num_items, scale, scale_log2 = numbers
-    q_smem, do_smem, full_q, full_do, empty_q, empty_do = rings
+    dk, dv, tiles, records = tensors
+    dk_row, dk_head, dv_row, dv_head, heads, num_items, scale, scale_log2 = numbers
+    own_k, own_v, full_own, empty_own = owned
+    q_smem = rings[0]
+    dtype: gl.constexpr = q_smem.dtype
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_D: gl.constexpr = q_smem.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
-    n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
-    k_smem, v_smem = k_smem.slice(INDEX * ROWS, ROWS), v_smem.slice(INDEX * ROWS, ROWS)
-    used = 0
+    n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
+    used, done = 0, 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         head, start, own, met = item_of(tiles, records, item, heads)
-        k_patch, k_patches, k_prefix, k_total = own
-        _, _, _, q_total = met
-
-        j = start + INDEX * ROWS + n
-        ok_N = j < k_total
-        rows_N = row_of(j, k_patch, k_patches, k_prefix)
-        if DS_STAGES > 0:
-            _, _, empty_ds = handed
-            if used > 0:
-                await_use(empty_ds, used - 1, DS_STAGES)  # the reducer is done with the keys before
-        k_smem.store(load_rows(k + head * k_head, rows_N, k_row, d, ok_N))
-        v_smem.store(load_rows(v + head * v_head, rows_N, v_row, d, ok_N))
-        fence_async_shared()
-
-        key_ok_N = gl.convert_layout(ok_N, gl.SliceLayout(1, s_layout))
-        dk_ND = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
-        dv_ND = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
-        for _ in range(0, q_total, BLOCK_M):
-            dk_ND, dv_ND = add_query_tile(
-                dk_ND, dv_ND, k_smem, v_smem, key_ok_N, rings, statistics, handed, used, scale_log2, INDEX, STAGES, DS_STAGES
-            )
-            used += 1
-        dk_values = gl.convert_layout((dk_ND * scale).to(q_smem.dtype), row_layout)
-        store_rows(dk + head * dk_head, rows_N, dk_row, d, ok_N, dk_values)
-        dv_values = gl.convert_layout(dv_ND.to(q_smem.dtype), row_layout)
-        store_rows(dv + head * dv_head, rows_N, dv_row, d, ok_N, dv_values)
-
-
-@gluon.jit
-def _make_own(dtype: gl.constexpr, BLOCK_D: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Room for the keys and values that a program owns, ``64 CONSUMERS`` rows each."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMERS * ROWS, BLOCK_D], dtype)
-    k_smem = gl.allocate_shared_memory(dtype, [CONSUMERS * ROWS, BLOCK_D], layout)
-    return k_smem, gl.allocate_shared_memory(dtype, [CONSUMERS * ROWS, BLOCK_D], layout)
+        k_total, q_total = own[3], met[3]
+        at = start + INDEX * ROWS
+        await_use(full_own, done, OWN_STAGES)
+        if (at < k_total) | (DS_STAGES > 0):  # a reducer expects dS of every consumer
+            place = done % OWN_STAGES * CONSUMERS + INDEX
+            k_smem, v_smem = own_k.index(place), own_v.index(place)
+            dk_ND = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+            dv_ND = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+            for _ in range(0, q_total, BLOCK_M):
+                dk_ND, dv_ND = add_query_tile(
+                    dk_ND, dv_ND, k_smem, v_smem, at + n < k_total, rings, statistics, handed, used, scale_log2,
+                    INDEX, STAGES, DS_STAGES,
+                )  # fmt: skip
+                used += 1
+            complete_use(empty_own, done, OWN_STAGES)
+            store_block(dk + head * dk_head, dk_row, dk_ND * scale, at, own, dtype)
+            store_block(dv + head * dv_head, dv_row, dv_ND, at, own, dtype)
+        else:
+            complete_use(empty_own, done, OWN_STAGES)
+            used = pass_by(rings, used, q_total, STAGES)
+        done += 1
 
 
 @gluon.jit(do_not_specialize=["num_rows", "heads", "num_items"])  # they change with every batch
 def attention_backward_dkdv(
-    q_desc, do_desc, q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
+    q_desc, do_desc, k_desc, v_desc, q, k, v, grad_out, lse, delta, dk, dv, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, dk_row, dk_head, dv_row, dv_head,
     num_rows, heads, num_items, scale, scale_log2,
+    OWN_STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -150,19 +137,24 @@ def attention_backward_dkdv(
 
     An item is one tile of 128 key rows of one head.
     """
-    k_smem, v_smem = _make_own(q_desc.dtype, BLOCK_D, CONSUMERS)
+    own_k = make_own(q_desc.dtype, ROWS, BLOCK_D, CONSUMERS, OWN_STAGES)
+    own_v = make_own(q_desc.dtype, ROWS, BLOCK_D, CONSUMERS, OWN_STAGES)
+    bars = make_own_bars(own_k, BLOCK_N, 2, CONSUMERS, CONSUMERS, OWN_STAGES)
+    owned = (own_k, own_v, bars[0], bars[1])
     rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, True)
     statistics = make_statistics(lse, delta, num_rows, STAGES, BLOCK_N)
     sources = (q_desc, do_desc, q, grad_out, tiles, records)
     strides = (q_row, q_head, do_row, do_head, heads, num_items)
-    tensors = (k, v, dk, dv, tiles, records)
-    numbers = (k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, heads, num_items, scale, scale_log2)
+    own_sources = ((k_desc, k, k_row, k_head, own_k), (v_desc, v, v_row, v_head, own_v))
+    brought = (own_sources, (), sources, strides, statistics, bars, rings)
+    tensors = (dk, dv, tiles, records)
+    numbers = (dk_row, dk_head, dv_row, dv_head, heads, num_items, scale, scale_log2)
     gl.static_assert(CONSUMERS == 2)
     gl.warp_specialize(
         [
-            (_consume, (tensors, numbers, k_smem, v_smem, rings, statistics, (), 0, STAGES, 0)),
-            (_consume, (tensors, numbers, k_smem, v_smem, rings, statistics, (), 1, STAGES, 0)),
-            (produce, (sources, rings, strides, statistics, STAGES, PART)),
+            (_consume, (tensors, numbers, owned, rings, statistics, (), 0, CONSUMERS, STAGES, 0, OWN_STAGES)),
+            (_consume, (tensors, numbers, owned, rings, statistics, (), 1, CONSUMERS, STAGES, 0, OWN_STAGES)),
+            (produce_with_own, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, False)),
         ],
         [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
@@ -170,28 +162,32 @@ def attention_backward_dkdv(
 
 @gluon.jit
 def _sum(
-    dq_sum, turns, tiles, records, numbers, k_smem, handed,
-    BLOCK_M: gl.constexpr, DS_STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    dq_sum, turns, tiles, records, numbers, owned, handed,
+    BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, DS_STAGES: gl.constexpr, OWN_STAGES: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """Adds ``dS k`` of every tile of queries of every item to dQ."""
     sum_row, sum_head, num_rows, heads, num_items, scale = numbers
     ds_smem, full_ds, empty_ds = handed
-    BLOCK_N: gl.constexpr = k_smem.shape[0]
-    BLOCK_D: gl.constexpr = k_smem.shape[1]
+    own_k, full_own, empty_own = owned[0], owned[2], owned[3]
+    BLOCK_D: gl.constexpr = own_k.shape[2]
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     row_layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_D, BLOCK_D // 4], [4, 1], [1, 0])
     d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, row_layout))
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, row_layout))
-    used = 0
+    used, done = 0, 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         head, start, _, met = item_of(tiles, records, item, heads)
-        number = start // BLOCK_N  # of this tile of keys in its record
+        number = start // (CONSUMERS * ROWS)  # of this tile of keys in its record
         q_patch, q_patches, q_prefix, q_total = met
+        await_use(full_own, done, OWN_STAGES)
+        place = done % OWN_STAGES * CONSUMERS
         for at in range(0, q_total, BLOCK_M):
             await_use(full_ds, used, DS_STAGES)
-            zero = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, o_layout)
-            ds_MN = ds_smem.index(used % DS_STAGES).permute((1, 0))
-            dq_MD = warpgroup_mma_wait(0, deps=(warpgroup_mma(ds_MN, k_smem, zero, use_acc=False, is_async=True),))
+            dq_MD = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, o_layout)
+            for index in gl.static_range(CONSUMERS):
+                ds_MN = ds_smem.index(used % DS_STAGES).slice(index * ROWS, ROWS).permute((1, 0))
+                dq_MD = warpgroup_mma(ds_MN, own_k.index(place + index), dq_MD, use_acc=index > 0, is_async=True)
+            dq_MD = warpgroup_mma_wait(0, deps=(dq_MD,))
             complete_use(empty_ds, used, DS_STAGES)
             used += 1
             values = gl.convert_layout(dq_MD * scale, row_layout)
@@ -207,14 +203,16 @@ def _sum(
             if ORDERED:
                 barrier()  # all four warps have added before one says so
                 gl.atomic_add(turn, 1, sem="release")
+        complete_use(empty_own, done, OWN_STAGES)
+        done += 1
 
 
 @gluon.jit(do_not_specialize=["num_rows", "heads", "num_items"])  # they change with every batch
 def attention_backward_fused(
-    q_desc, do_desc, q, k, v, grad_out, lse, delta, dq_sum, turns, dk, dv, tiles, records,
+    q_desc, do_desc, k_desc, v_desc, q, k, v, grad_out, lse, delta, dq_sum, turns, dk, dv, tiles, records,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, sum_row, sum_head, dk_row, dk_head, dv_row, dv_head,
     num_rows, heads, num_items, scale, scale_log2,
-    ORDERED: gl.constexpr, DS_STAGES: gl.constexpr, REDUCER_REGISTERS: gl.constexpr,
+    ORDERED: gl.constexpr, OWN_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, REDUCER_REGISTERS: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -222,7 +220,10 @@ def attention_backward_fused(
 
     An item is one tile of 128 key rows of one head, ``BLOCK_N`` query rows a tile of the ring.
     """
-    k_smem, v_smem = _make_own(q_desc.dtype, BLOCK_D, CONSUMERS)
+    own_k = make_own(q_desc.dtype, ROWS, BLOCK_D, CONSUMERS, OWN_STAGES)
+    own_v = make_own(q_desc.dtype, ROWS, BLOCK_D, CONSUMERS, OWN_STAGES)
+    bars = make_own_bars(own_k, BLOCK_N, 2, CONSUMERS + 1, CONSUMERS, OWN_STAGES)
+    owned = (own_k, own_v, bars[0], bars[1])
     rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, True)
     statistics = make_statistics(lse, delta, num_rows, STAGES, BLOCK_N)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMERS * ROWS, BLOCK_N], q_desc.dtype)
@@ -230,16 +231,18 @@ def attention_backward_fused(
     handed = (ds_smem, make_bars(DS_STAGES, CONSUMERS), make_bars(DS_STAGES, 1))
     sources = (q_desc, do_desc, q, grad_out, tiles, records)
     strides = (q_row, q_head, do_row, do_head, heads, num_items)
-    tensors = (k, v, dk, dv, tiles, records)
-    numbers = (k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head, heads, num_items, scale, scale_log2)
+    own_sources = ((k_desc, k, k_row, k_head, own_k), (v_desc, v, v_row, v_head, own_v))
+    brought = (own_sources, (), sources, strides, statistics, bars, rings)
+    tensors = (dk, dv, tiles, records)
+    numbers = (dk_row, dk_head, dv_row, dv_head, heads, num_items, scale, scale_log2)
     sums = (sum_row, sum_head, num_rows, heads, num_items, scale)
     gl.static_assert(CONSUMERS == 2)
     gl.warp_specialize(
         [
-            (_consume, (tensors, numbers, k_smem, v_smem, rings, statistics, handed, 0, STAGES, DS_STAGES)),
-            (_consume, (tensors, numbers, k_smem, v_smem, rings, statistics, handed, 1, STAGES, DS_STAGES)),
-            (_sum, (dq_sum, turns, tiles, records, sums, k_smem, handed, BLOCK_N, DS_STAGES, ORDERED)),
-            (produce, (sources, rings, strides, statistics, STAGES, PART)),
+            (_consume, (tensors, numbers, owned, rings, statistics, handed, 0, CONSUMERS, STAGES, DS_STAGES, OWN_STAGES)),
+            (_consume, (tensors, numbers, owned, rings, statistics, handed, 1, CONSUMERS, STAGES, DS_STAGES, OWN_STAGES)),
+            (_sum, (dq_sum, turns, tiles, records, sums, owned, handed, BLOCK_N, CONSUMERS, DS_STAGES, OWN_STAGES, ORDERED)),
+            (produce_with_own, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, True, False)),
         ],
         [4, 4, 4], [CONSUMER_REGISTERS, REDUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

@@ -14,10 +14,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from .backward_keys import add_query_tile
-from .own import hand_over_own, load_own, make_own, make_own_bars
+from .own import make_own, make_own_bars, produce_with_own
 from .ring import (
     ROWS,
-    await_round_before,
     await_use,
     complete_use,
     item_of,
@@ -25,23 +24,10 @@ from .ring import (
     make_bars,
     make_rings,
     make_statistics,
-    produce_record,
     produce_statistics,
     row_of,
-    store_rows,
+    store_block,
 )
-
-
-@gluon.jit
-def _store_block(base, row_stride, acc_ND, at, own, dtype: gl.constexpr):
-    """Writes 64 rows of a gradient of one head, those from position ``at`` of the record on."""
-    BLOCK_D: gl.constexpr = acc_ND.shape[1]
-    patch, patches, prefix, total = own
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
-    j = at + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    values = gl.convert_layout(acc_ND.to(dtype), layout)
-    store_rows(base, row_of(j, patch, patches, prefix), row_stride, d, j < total, values)
 
 
 @gluon.jit
@@ -114,10 +100,10 @@ def _consume(
         complete_use(empty_own, done, OWN_STAGES)
         done += 1
         dk_base, dv_base = dk + head * dk_head, dv + head * dv_head
-        _store_block(dk_base, dk_row, dk0 * scale, start + INDEX * ROWS, own, dtype)
-        _store_block(dv_base, dv_row, dv0, start + INDEX * ROWS, own, dtype)
-        _store_block(dk_base, dk_row, dk1 * scale, start + OTHER * ROWS, own, dtype)
-        _store_block(dv_base, dv_row, dv1, start + OTHER * ROWS, own, dtype)
+        store_block(dk_base, dk_row, dk0 * scale, start + INDEX * ROWS, own, dtype)
+        store_block(dv_base, dv_row, dv0, start + INDEX * ROWS, own, dtype)
+        store_block(dk_base, dk_row, dk1 * scale, start + OTHER * ROWS, own, dtype)
+        store_block(dv_base, dv_row, dv1, start + OTHER * ROWS, own, dtype)
 
 
 @gluon.jit
@@ -204,31 +190,6 @@ def _make_dq(
                 _store_columns(base, dq_row, gl.zeros([BLOCK_D, BLOCK_M], gl.float32, o_layout), at, own, dtype)
 
 
-@gluon.jit
-def _produce(
-    own_sources, sources, own_numbers, numbers, owned, rings,
-    STAGES: gl.constexpr, PART: gl.constexpr, OWN_STAGES: gl.constexpr,
-):  # fmt: skip
-    """Keys and values of every item, zeros past its end, then its queries and output gradients."""
-    k_desc, v_desc, k, v = own_sources
-    tiles, records = sources[4], sources[5]
-    k_row, k_head, v_row, v_head = own_numbers
-    heads, num_items = numbers[4], numbers[5]
-    own_k, own_v, full_own, empty_own = owned
-    made, done = 0, 0
-    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        head, start, own, met = item_of(tiles, records, item, heads)
-        number = item % heads
-        await_round_before(empty_own, done, OWN_STAGES)
-        bar = full_own.index(done % OWN_STAGES)
-        k_place, v_place = own_k.index(done % OWN_STAGES), own_v.index(done % OWN_STAGES)
-        copied = load_own(k_desc, k + head * k_head, k_row, number * k_head, start, own, k_place, bar, PART)
-        copied += load_own(v_desc, v + head * v_head, v_row, number * v_head, start, own, v_place, bar, PART)
-        hand_over_own(full_own, done, copied, OWN_STAGES)
-        done += 1
-        made = produce_record(sources, rings, numbers, (), number, met, made, STAGES, PART)
-
-
 @gluon.jit(do_not_specialize=["dlse_head", "num_rows", "heads", "num_items"])  # they change with every batch
 def attention_backward_whole(
     q_desc, do_desc, k_desc, v_desc, q, k, v, out, grad_out, lse, grad_lse, dq, dk, dv, tiles, records,
@@ -241,9 +202,10 @@ def attention_backward_whole(
     """All gradients of segments of at most 256 rows. An item is a segment of a head, a tile of the ring ``BLOCK_N`` queries."""
     dtype: gl.constexpr = q_desc.dtype
     BLOCKS: gl.constexpr = 2 * CONSUMERS
-    own_k, own_v = make_own(dtype, BLOCK_D, BLOCKS, OWN_STAGES), make_own(dtype, BLOCK_D, BLOCKS, OWN_STAGES)
-    full_own, empty_own = make_own_bars(own_k, BLOCK_N, 2, CONSUMERS + 1, OWN_STAGES)
-    owned = (own_k, own_v, full_own, empty_own)
+    own_k = make_own(dtype, BLOCKS * ROWS, BLOCK_D, 1, OWN_STAGES)
+    own_v = make_own(dtype, BLOCKS * ROWS, BLOCK_D, 1, OWN_STAGES)
+    bars = make_own_bars(own_k, BLOCK_N, 2, CONSUMERS + 1, 1, OWN_STAGES)
+    owned = (own_k, own_v, bars[0], bars[1])
     rings = make_rings(q_desc, do_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, True)
     statistics = make_statistics((), (), num_rows, STAGES, BLOCK_N)  # not from memory, but of this:
     if HAS_GRAD_LSE:
@@ -254,9 +216,10 @@ def attention_backward_whole(
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCKS * ROWS, BLOCK_N], dtype)
     ds_smem = gl.allocate_shared_memory(dtype, [DS_STAGES, BLOCKS * ROWS, BLOCK_N], ds_layout)
     handed = (ds_smem, make_bars(DS_STAGES, CONSUMERS), make_bars(DS_STAGES, 1))
-    own_sources, own_strides = (k_desc, v_desc, k, v), (k_row, k_head, v_row, v_head)
+    own_sources = ((k_desc, k, k_row, k_head, own_k), (v_desc, v, v_row, v_head, own_v))
     sources = (q_desc, do_desc, q, grad_out, tiles, records)
     strides = (q_row, q_head, do_row, do_head, heads, num_items)
+    brought = (own_sources, (), sources, strides, (), bars, rings)
     tensors = (dk, dv, tiles, records)
     numbers = (dk_row, dk_head, dv_row, dv_head, heads, num_items, scale, scale_log2)
     sums = (dq_row, dq_head, heads, num_items, scale)
@@ -270,7 +233,7 @@ def attention_backward_whole(
                 (dq, tiles, records, sums, made_of, made_of_numbers, owned, rings, statistics, handed,
                  BLOCK_N, STAGES, DS_STAGES, OWN_STAGES),
             ),
-            (_produce, (own_sources, sources, own_strides, strides, owned, rings, STAGES, PART, OWN_STAGES)),
+            (produce_with_own, (brought, STAGES, PART, 1, OWN_STAGES, True, False)),
         ],
         [4, 4, 4], [CONSUMER_REGISTERS, REDUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

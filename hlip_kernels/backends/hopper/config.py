@@ -65,19 +65,19 @@ FORWARD = {
     ),
 }  # fmt: skip
 BACKWARD_DQ = {
-    64: Config(consumers=3, block=64, stages=4, part=16, consumer_registers=152, producer_registers=56),
-    128: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=216, producer_registers=72),
+    64: Config(consumers=3, block=64, stages=3, part=16, consumer_registers=152, producer_registers=56, own_stages=2),
+    128: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=216, producer_registers=72, own_stages=1),
 }
 BACKWARD_DKDV = {
-    64: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=224, producer_registers=56),
+    64: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=216, producer_registers=72, own_stages=2),
     # Two accumulators of 64 x 128 and two sets of logits: with 224 registers the loop spills.
-    128: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=232, producer_registers=40),
+    128: Config(consumers=2, block=64, stages=3, part=16, consumer_registers=232, producer_registers=40, own_stages=1),
 }
 # Beside those accumulators there are no registers for one that adds up dQ.
 BACKWARD_FUSED = {
     64: Config(
         consumers=2, block=64, stages=3, part=16, consumer_registers=184, producer_registers=48,
-        reducer_registers=96, reducer_stages=2,
+        reducer_registers=96, reducer_stages=2, own_stages=2,
     ),
 }  # fmt: skip
 # Segments of up to 256 rows. Four consumers, each with few registers.

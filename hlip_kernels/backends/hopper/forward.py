@@ -16,19 +16,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from .own import hand_over_own, load_own
+from .own import make_own, make_own_bars, produce_with_own
 from .ring import (
     ROWS,
     are_few,
     as_operand,
-    await_round_before,
     await_use,
     begin_product,
     complete_use,
     item_of,
-    make_bars,
     make_rings,
-    produce_record,
+    pass_by,
     row_of,
     store_rows,
 )
@@ -184,20 +182,6 @@ def write_output(acc_MD, top_M, sum_M, out, out_row, lse, at, own, dtype: gl.con
 
 
 @gluon.jit
-def _pass_by(rings, used, k_total, STAGES: gl.constexpr):
-    """Keys and values of an item of which this consumer has no rows: given back as they come. Returns the use after them."""
-    k_smem, _, full_k, full_v, empty_k, empty_v = rings
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
-    for _ in range(0, k_total, BLOCK_N):
-        await_use(full_k, used, STAGES)
-        complete_use(empty_k, used, STAGES)
-        await_use(full_v, used, STAGES)
-        complete_use(empty_v, used, STAGES)
-        used += 1
-    return used
-
-
-@gluon.jit
 def _consume(
     tensors, numbers, owned, rings, INDEX: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     PART: gl.constexpr, OWN_STAGES: gl.constexpr, OWN_IN_REGISTERS: gl.constexpr,
@@ -226,38 +210,8 @@ def _consume(
             write_output(acc_MD, top_M, sum_M, out + head * out_head, out_row, lse + head * num_rows, at, own, dtype)
         else:
             complete_use(empty_own, done, OWN_STAGES)
-            used = _pass_by(rings, used, k_total, STAGES)
+            used = pass_by(rings, used, k_total, STAGES)
         done += 1
-
-
-@gluon.jit
-def _produce(
-    q_source, sources, q_numbers, numbers, owned, rings,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr, OWN_STAGES: gl.constexpr,
-):  # fmt: skip
-    """The queries of every item, then its keys and values."""
-    q_desc, q = q_source
-    q_row, q_head = q_numbers
-    tiles, records = sources[4], sources[5]
-    heads, num_items = numbers[4], numbers[5]
-    own_q, full_own, empty_own = owned
-    made, done = 0, 0
-    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        head, start, own, met = item_of(tiles, records, item, heads)
-        number = item % heads
-        await_round_before(empty_own, done, OWN_STAGES)
-        bar = full_own.index(done % OWN_STAGES)
-        copied = 0
-        for index in gl.static_range(CONSUMERS):
-            at = start + index * ROWS
-            if at < own[3]:
-                place = own_q.index(done % OWN_STAGES * CONSUMERS + index)
-                copied += load_own(q_desc, q + head * q_head, q_row, number * q_head, at, own, place, bar, PART)
-            else:  # nobody's
-                copied += 1
-        hand_over_own(full_own, done, copied, OWN_STAGES)
-        done += 1
-        made = produce_record(sources, rings, numbers, (), number, met, made, STAGES, PART, True)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "heads", "num_items"])  # they change with every batch
@@ -275,20 +229,22 @@ def attention_forward(
     ``scale_log2`` is positive. Queries are multiplied from registers or, where those are short, from shared memory.
     """
     gl.static_assert(BLOCK_N == ROWS)  # the tiles of all three tensors
-    own_q = gl.allocate_shared_memory(q_desc.dtype, [OWN_STAGES * CONSUMERS, ROWS, BLOCK_D], q_desc.layout)
-    owned = (own_q, make_bars(OWN_STAGES, CONSUMERS), make_bars(OWN_STAGES, CONSUMERS))
+    own_q = make_own(q_desc.dtype, ROWS, BLOCK_D, CONSUMERS, OWN_STAGES)
+    bars = make_own_bars(own_q, BLOCK_N, 1, CONSUMERS, CONSUMERS, OWN_STAGES)
+    owned = (own_q, bars[0], bars[1])
     rings = make_rings(k_desc, v_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, False)
     sources = (k_desc, v_desc, k, v, tiles, records)
     strides = (k_row, k_head, v_row, v_head, heads, num_items)
     tensors = (out, lse, tiles, records)
     numbers = (out_row, out_head, num_rows, heads, num_items, scale_log2)
-    q_source, q_strides = (q_desc, q), (q_row, q_head)
+    own_sources = ((q_desc, q, q_row, q_head, own_q),)
+    brought = (own_sources, (), sources, strides, (), bars, rings)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
-                (_produce, (q_source, sources, q_strides, strides, owned, rings, CONSUMERS, STAGES, PART, OWN_STAGES)),
+                (produce_with_own, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, True)),
             ],
             [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
@@ -298,7 +254,7 @@ def attention_forward(
                 (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_consume, (tensors, numbers, owned, rings, 2, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
-                (_produce, (q_source, sources, q_strides, strides, owned, rings, CONSUMERS, STAGES, PART, OWN_STAGES)),
+                (produce_with_own, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, True)),
             ],
             [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
@@ -310,7 +266,7 @@ def attention_forward(
                 (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_consume, (tensors, numbers, owned, rings, 2, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_consume, (tensors, numbers, owned, rings, 3, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
-                (_produce, (q_source, sources, q_strides, strides, owned, rings, CONSUMERS, STAGES, PART, OWN_STAGES)),
+                (produce_with_own, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, True)),
             ],
             [4, 4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip

@@ -47,6 +47,18 @@ def store_rows(base, rows, row_stride, d, ok, values):
 
 
 @gluon.jit
+def store_block(base, row_stride, acc_ND, at, own, dtype: gl.constexpr):
+    """Writes 64 rows of a gradient of one head, those from position ``at`` of the record on."""
+    BLOCK_D: gl.constexpr = acc_ND.shape[1]
+    patch, patches, prefix, total = own
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    j = at + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    values = gl.convert_layout(acc_ND.to(dtype), layout)
+    store_rows(base, row_of(j, patch, patches, prefix), row_stride, d, j < total, values)
+
+
+@gluon.jit
 def begin_product(a, b_smem, i, STAGES: gl.constexpr):
     """Begins ``a b^T`` for tile ``i`` of a ring; ``a`` is 64 rows. The tile must be there."""
     BLOCK: gl.constexpr = b_smem.shape[1]
@@ -122,6 +134,20 @@ def complete_use(bars, i, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def pass_by(rings, used, total, STAGES: gl.constexpr):
+    """The ``total`` rows of an item of which this consumer has no rows: given back as they come. Returns the use after them."""
+    a_smem, _, full_a, full_b, empty_a, empty_b = rings
+    BLOCK: gl.constexpr = a_smem.shape[1]
+    for _ in range(0, total, BLOCK):
+        await_use(full_a, used, STAGES)
+        complete_use(empty_a, used, STAGES)
+        await_use(full_b, used, STAGES)
+        complete_use(empty_b, used, STAGES)
+        used += 1
+    return used
+
+
+@gluon.jit
 def produce_by_tma(desc, row, column, smem, full, empty, i, STAGES: gl.constexpr):
     """Begins loading use ``i``: the tile of consecutive rows at ``row``, columns from ``column`` on."""
     await_round_before(empty, i, STAGES)
@@ -193,29 +219,15 @@ def produce_statistics(of, lse_M, delta_M, full, i, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def produce(sources, rings, numbers, statistics, STAGES: gl.constexpr, PART: gl.constexpr):
-    """Tiles of two tensors, ``a`` and ``b``, for every item of this program: the rows that the item's record lists last.
-
-    dQ goes over keys and values, dK and dV over queries and the gradient of the output; these bring ``statistics``
-    (:func:`make_statistics`), which are empty for dQ.
-    """
-    tiles, records = sources[4], sources[5]
-    heads, num_items = numbers[4], numbers[5]
-    made = 0
-    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        _, _, _, met = item_of(tiles, records, item, heads)
-        made = produce_record(sources, rings, numbers, statistics, item % heads, met, made, STAGES, PART)
-
-
-@gluon.jit
 def produce_record(
     sources, rings, numbers, statistics, number, met, made, STAGES: gl.constexpr, PART: gl.constexpr,
     REST_FIRST: gl.constexpr = False,
 ):  # fmt: skip
-    """All rows of one record of head ``number``, from use ``made`` on. Returns the use after them.
+    """All rows of one record of head ``number``, of two tensors, from use ``made`` on. Returns the use after them.
 
-    Whole tiles of patch rows, then the rest; with ``REST_FIRST`` the other way round, the tile that may not be full before
-    all others, and as few rows of it as :func:`are_few` says.
+    Forward and dQ go over keys and values, dK and dV over queries and the gradient of the output; these bring ``statistics``
+    (:func:`make_statistics`), which are empty for the others. Whole tiles of patch rows, then the rest; with ``REST_FIRST``
+    the other way round, the tile that may not be full before all others, and as few rows of it as :func:`are_few` says.
     """
     a_desc, b_desc, a, b, _, _ = sources
     a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
