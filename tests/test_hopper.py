@@ -240,7 +240,10 @@ def test_nan_stays_in_its_study_and_what_nobody_wrote_is_not_read(emulated, pois
     qkv = torch.randn(layout.num_rows, 3, 2, head_dim).half()
     weight = torch.randn(layout.num_rows, 2, head_dim).half()
     results = []
-    for bad in (None, 140, layout.num_rows - 1):  # inside the second study, and outside every segment
+    second = 135  # its first row, right behind those of the first study
+    dead = layout.prefix_rows(level).stop  # outside every segment, right behind the prefix rows
+    assert sum(map(sum, lengths[0])) == second and dead < layout.num_rows
+    for bad in (None, second, layout.prefix_rows(level).start, dead, slice(dead, None)):
         leaf = qkv.clone()
         if bad is not None:
             leaf[bad] = float("nan")
@@ -248,12 +251,14 @@ def test_nan_stays_in_its_study_and_what_nobody_wrote_is_not_read(emulated, pois
         out, lse = attention(*leaf.unbind(1), layout, level, backend="hopper", return_lse=True, deterministic=deterministic)
         (grad,) = torch.autograd.grad([out, lse], leaf, [weight, torch.ones_like(lse)])
         results.append((out.detach(), lse.detach().T, grad))
-    clean, second, dead = results
-    apart = ~mask[140]
-    assert 0 < apart.sum() < layout.num_rows
-    for a, b, c in zip(clean, second, dead, strict=True):
-        assert a.isfinite().all() and torch.equal(a, c)
-        assert torch.equal(a[apart], b[apart]) and b[~apart].isnan().any()
+    clean, *poisoned_studies = results[:3]
+    for row, found in zip((second, layout.prefix_rows(level).start), poisoned_studies, strict=True):
+        apart = ~mask[row]
+        assert 0 < apart.sum() < layout.num_rows
+        for a, b in zip(clean, found, strict=True):
+            assert a.isfinite().all() and torch.equal(a[apart], b[apart]) and b[~apart].isnan().any()
+    for found in results[3:]:
+        assert all(torch.equal(a, b) for a, b in zip(clean, found, strict=True))
 
 
 @pytest.mark.parametrize("lengths, num_prefix", [([], 0), ([[]], 1), ([[[0, 0]]], 0), ([[[0]]], 3)], ids=str)
