@@ -94,16 +94,26 @@ def _dominators(blocks: list[Block]) -> list[int]:
     return found
 
 
+def _reachable(blocks: list[Block]) -> set[int]:
+    """Blocks that some path from the start leads to; padding is not among them."""
+    found, todo = set(), [0]
+    while todo:
+        if (i := todo.pop()) not in found:
+            found.add(i)
+            todo += blocks[i].next
+    return found
+
+
 def _natural_loops(blocks: list[Block]) -> dict[int, set[int]]:
-    """By first block, the blocks of every loop. One that nothing leads to (padding) is no loop."""
-    dominators = _dominators(blocks)
+    """By first block, the blocks of every loop."""
+    dominators, reachable = _dominators(blocks), _reachable(blocks)
     before = [[] for _ in blocks]
-    for i, block in enumerate(blocks):
-        for after in block.next:
+    for i in reachable:
+        for after in blocks[i].next:
             before[after].append(i)
     loops: dict[int, set[int]] = {}
-    for i, block in enumerate(blocks):
-        for head in block.next:
+    for i in sorted(reachable):
+        for head in blocks[i].next:
             if dominators[i] >> head & 1:
                 body, todo = loops.setdefault(head, {head}), [i]
                 while todo:

@@ -1,4 +1,4 @@
-"""What the compiler makes of every shipped Triton kernel: registers, shared memory, spills, tensor-core instructions.
+"""What the compiler makes of every shipped Triton kernel: registers, shared memory, spills, instructions.
 
     python -m hlip_kernels.resources                     # every kernel, dtype, head dim, architecture
     python -m hlip_kernels.resources --arch sm_90 --head-dim 64
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from .backends.triton.config import KERNELS, Config, config_for
+from .machine_code import innermost_loops, parse
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 # One for each width of a tile that has more columns than the head; not multiples of 16, so that strides are not either.
@@ -67,8 +68,14 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Resources:
-    """Figures of one compiled kernel. ``columns``: of a tile, one block or two. ``spill_bytes``: local memory (stack) a thread.
-    ``matrix_kind``: which matrix instructions there are; ``HGMMA`` is Hopper's warpgroup product, ``HMMA`` that of one warp."""
+    """Figures of one compiled kernel.
+
+    Attributes:
+        columns: of a tile, one block or two. spill_bytes: local memory (stack) a thread.
+        matrix_instructions, matrix_kind: how many there are, and which; ``HGMMA`` is Hopper's warpgroup product, ``HMMA`` that
+            of one warp.
+        instructions, exponentials: of a thread, in the loop over whole tiles of patch rows.
+    """
 
     kernel: str
     dtype: str
@@ -84,6 +91,16 @@ class Resources:
     spill_bytes: int
     matrix_instructions: int
     matrix_kind: str
+    instructions: int
+    exponentials: int
+
+    def a_logit(self, count: int) -> float:
+        """So many a thread and step, for each logit of a tile; 0 where there are none.
+
+        Of ``exponentials``, as good as 1: more and some logits are computed by more than one thread.
+        """
+        threads = self.num_warps * ARCHITECTURES[self.arch].warp_size
+        return count * threads / max(self.block_m * self.block_n, 1)
 
 
 def compile_kernel(kernel: str, kind: str, head_dim: int, arch: str, config: Config | None = None) -> Resources:
@@ -132,14 +149,16 @@ def compile_kernel(kernel: str, kind: str, head_dim: int, arch: str, config: Con
         target=GPUTarget(target.backend, target.arch, target.warp_size),
         options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
     )
-    if target.backend == "cuda":
-        registers, spills, matrix = _read_cubin(compiled.asm["cubin"], target)
-    else:
-        registers, spills, matrix = _read_amdgcn(compiled.asm["amdgcn"], target)
+    read = _read_cubin if target.backend == "cuda" else _read_amdgcn
+    registers, spills, code = read(compiled.asm["cubin" if target.backend == "cuda" else "amdgcn"])
+    matrix = re.findall(target.matrix, code)
+    # Two loops have exponentials: this one and that over the last rows of a segment, which has masks besides.
+    loop = min(innermost_loops(parse(code), "exp2"), key=len, default=[])
     return Resources(
         kernel, kind, head_dim, arch,
         config.block_m, config.block_n, "+".join(str(c) for c in config.columns if c), config.num_warps, config.num_stages,
         registers, compiled.metadata.shared, spills, len(matrix), "+".join(sorted(set(matrix))),
+        len(loop), sum(i.kind == "exp2" for i in loop),
     )  # fmt: skip
 
 
@@ -155,14 +174,12 @@ def argument_type(name: str, dtype: torch.dtype) -> str:
     return "fp32" if name in ("scale", "scale_log2", "sign") else "i32"
 
 
-def _read_cubin(cubin: bytes, target: Architecture) -> tuple[int, int, list[str]]:
-    """(registers, local memory bytes, matrix instructions) of a cubin."""
+def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+    """(registers, local memory bytes, disassembly) of a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        registers, local = usage_of(path)
-        sass = run_tool("nvdisasm", "-c", path).stdout
-    return registers, local, re.findall(target.matrix, sass)
+        return *usage_of(path), run_tool("nvdisasm", "-c", path).stdout
 
 
 def usage_of(cubin: Path) -> tuple[int, int]:
@@ -182,11 +199,11 @@ def run_tool(tool: str, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True)
 
 
-def _read_amdgcn(assembly: str, target: Architecture) -> tuple[int, int, list[str]]:
-    """(vector registers, private memory bytes, matrix instructions) of AMD assembly."""
+def _read_amdgcn(assembly: str) -> tuple[int, int, str]:
+    """(vector registers, private memory bytes, the assembly itself) of AMD assembly."""
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly).group(1))
     private = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly).group(1))
-    return registers, private, re.findall(target.matrix, assembly)
+    return registers, private, assembly
 
 
 def shipped(archs=ARCHITECTURES, kinds=KINDS, head_dims=None, kernels=KERNELS):
@@ -229,14 +246,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
     rows = []
-    print("kernel                   dtype    D    arch    tile     columns warps stages  regs  shared  spill  matrix")
+    print("kernel                   dtype    D    arch    tile     columns warps stages  regs  shared  spill  a logit  matrix")
     for combination in shipped(args.arch, args.dtype, args.head_dim, args.kernel):
         r = compile_kernel(*combination)
         rows.append(r)
         print(
             f"{r.kernel:24} {r.dtype:8} {r.head_dim:<4} {r.arch:7} {r.block_m:>3}x{r.block_n:<4} {r.columns:>7} "
             f"{r.num_warps:>5} {r.num_stages:>6} {r.registers:>5} {r.shared_memory:>7} {r.spill_bytes:>6} "
-            f"{r.matrix_instructions:>7} {r.matrix_kind}",
+            f"{r.a_logit(r.instructions):>8.1f} {r.matrix_instructions:>7} {r.matrix_kind}",
             flush=True,
         )
     if args.csv:

@@ -237,9 +237,11 @@ def test_the_op_in_float64_passes_gradcheck(backend):
 
 
 @pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
-def test_nan_and_inf_stay_in_their_segment(backend, dtype, bad):
+@pytest.mark.parametrize("bad, row", [(float("nan"), 87), (float("inf"), 87), (float("nan"), 378)], ids=str)
+def test_nan_and_inf_stay_in_their_segment(backend, dtype, bad, row):
+    """The first row of a scan and the first prefix row: each right behind the last patch row of another segment."""
     layout = make(RAGGED, 2)
+    assert 87 == sum(map(sum, RAGGED[0])) and 378 == layout.prefix_rows("scan").start
     mask = naive_mask(RAGGED, 2, layout.num_rows, "scan")
     qkv = torch.randn(layout.num_rows, 3, 2, 32).to(dtype)
     weight = torch.randn(layout.num_rows, 2, 32).to(dtype)
@@ -247,15 +249,27 @@ def test_nan_and_inf_stay_in_their_segment(backend, dtype, bad):
     for poison in (False, True):
         leaf = qkv.clone()
         if poison:
-            leaf[90] = bad  # inside the first scan of the third study
+            leaf[row] = bad
         leaf.requires_grad_()
         out = attention(*leaf.unbind(1), layout, "scan", backend=backend)
         results.append((out.detach(), *torch.autograd.grad(out, leaf, weight)))
-    apart = ~mask[90]
+    apart = ~mask[row]
     assert 0 < apart.sum() < layout.num_rows
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean[apart], dirty[apart])
         assert not torch.equal(clean[~apart], dirty[~apart])
+
+
+@pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)
+@pytest.mark.parametrize("hidden", [slice(0, 64), slice(64, 128), slice(128, 200)], ids=["first", "between", "last"])
+def test_tiles_of_which_every_logit_is_minus_infinity(backend, dtype, hidden):
+    """Those keys count for nothing, as behind a mask of one's own: wherever they lie, they leave no NaN."""
+    q, k, v = torch.randn(200, 3, 1, 32).to(dtype).unbind(1)
+    q[..., 0] = 1
+    k[hidden, :, 0] = float("-inf")
+    out, lse = attention(q, k, v, make([[[200]]], 0), "slice", backend=backend, return_lse=True)
+    expected, expected_lse = naive_attention(q.double(), k.double(), v.double(), naive_mask([[[200]]], 0, 200, "slice"))
+    assert relative(out, expected) < 2 * torch.finfo(dtype).eps + 1e-5 and relative(lse, expected_lse) < 2e-6
 
 
 @pytest.mark.parametrize("backend, dtype", KINDS, ids=KIND_IDS)

@@ -19,8 +19,7 @@ from hlip_kernels.backends.triton import interpreted
 LAUNCHES = [(3, False), (1, True), (5, True)]
 
 COMPILE = """
-import json, sys
-from dataclasses import replace
+import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -47,10 +46,10 @@ for head_dim in (8, 64, 80, 256):
                 signature[name] = "i32"
             if signature[name].startswith("*"):  # as at launch: addresses are multiples of 16; of strides nothing is known
                 attributes[i,] = [["tt.divisibility", 16]]
-        target = replace(ARCHITECTURES[arch], matrix=r"\\b(LDG\\.E\\.\\S*128|STG\\.E\\.\\S*128)")
         compiled = triton.compile(ASTSource(move_rows, signature, constants, attributes),
-                                  target=GPUTarget("cuda", target.arch, 32), options={"num_warps": NUM_WARPS})
-        registers, spills, wide = _read_cubin(compiled.asm["cubin"], target)
+                                  target=GPUTarget("cuda", ARCHITECTURES[arch].arch, 32), options={"num_warps": NUM_WARPS})
+        registers, spills, code = _read_cubin(compiled.asm["cubin"])
+        wide = re.findall(r"\\b(LDG\\.E\\.\\S*128|STG\\.E\\.\\S*128)", code)
         wide = {kind: sum(w.startswith(kind) for w in wide) for kind in ("LDG", "STG")}
         found.append([head_dim, count, registers, spills, compiled.metadata.shared, wide])
 print(json.dumps(found))

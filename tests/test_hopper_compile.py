@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from hlip_kernels.backends.hopper import _why_no_gluon
 from hlip_kernels.backends.hopper.config import FUSED, KERNELS, WHOLE
-from hlip_kernels.machine_code import Instruction, innermost_loops, parse
+from hlip_kernels.machine_code import Instruction
 from hlip_kernels.resources import read_rows
 from hlip_kernels.resources_hopper import SHARED_MEMORY, HopperResources, in_flight, order_of, shipped, unsynchronised
 
@@ -126,31 +126,3 @@ def test_the_order_of_a_loop():
 )
 def test_what_no_barrier_orders(code, count):
     assert unsynchronised(code) == count
-
-
-def test_loops_are_found_in_a_disassembly():
-    """A loop in a loop, with a wait whose tries lie elsewhere, and padding at the end."""
-    text = """
-        /*0000*/                   STL [R1], R2 ;
-.L_x_0:
-        /*0010*/                   LDL R2, [R1] ;
-.L_x_1:
-        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
-        /*0030*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
-        /*0040*/              @!P0 BRA `(.L_x_3) ;
-.L_x_2:
-        /*0050*/                   MUFU.EX2 R4, R5 ;
-        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
-        /*0070*/               @P1 BRA `(.L_x_1) ;
-        /*0080*/               @P2 BRA `(.L_x_0) ;
-        /*0090*/                   EXIT ;
-.L_x_3:
-        /*00a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
-        /*00b0*/              @!P0 BRA `(.L_x_3) ;
-        /*00c0*/                   BRA `(.L_x_2) ;
-.L_x_4:
-        /*00d0*/                   BRA `(.L_x_4);
-"""
-    (loop,) = innermost_loops(parse(text), "product")
-    assert [i.name.split(".")[0] for i in loop] == "HGMMA SYNCS BRA MUFU WARPGROUP BRA SYNCS BRA BRA".split()
-    assert in_flight(loop) == (1, 1) and order_of(loop) == "1 product, 1 exp2, wait 0"

@@ -30,32 +30,35 @@ from .tiles import (
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3e38)  # a maximum so far: finite, since a whole tile may be of logits that are -inf
 
 
 @triton.jit
 def _forward_step(
-    acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_stride, v_stride, rows_N, ok_N, scale_log2,
+    acc_MD, top_M, sum_M, q_MD, k_base, v_base, k_stride, v_stride, rows_N, ok_N, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     ROOM: tl.constexpr,
 ):  # fmt: skip
-    """With ``ROOM``, ``max_M`` is of unscaled logits: scaling one and subtracting the largest is one instruction then."""
+    """``top_M`` is the largest scaled logit so far. With ``ROOM``, scaling a logit and subtracting it is one instruction.
+
+    The scaled maximum goes from step to step. Were it scaled anew, an unchanged one would shrink by its rounding at every step.
+    """
     k_ND = load_operand(k_base, rows_N, k_stride, ok_N, HEAD_DIM, BLOCK_D, BLOCK_E, MASK_ROWS, PRECISION)
     logits_MN = dot_over_d(q_MD, k_ND, PRECISION)
     if not ROOM:
         logits_MN *= scale_log2
     if MASK_ROWS:
         logits_MN = tl.where(ok_N[None, :], logits_MN, float("-inf"))
-    new_max_M = tl.maximum(max_M, tl.max(logits_MN, 1))
     if ROOM:
-        top_M = new_max_M * scale_log2
-        p_MN = tl.exp2(logits_MN * scale_log2 - top_M[:, None])
-        shrink_M = tl.exp2(max_M * scale_log2 - top_M)
+        new_top_M = tl.maximum(top_M, tl.max(logits_MN, 1) * scale_log2)
+        p_MN = tl.exp2(logits_MN * scale_log2 - new_top_M[:, None])
     else:
-        p_MN = tl.exp2(logits_MN - new_max_M[:, None])
-        shrink_M = tl.exp2(max_M - new_max_M)
+        new_top_M = tl.maximum(top_M, tl.max(logits_MN, 1))
+        p_MN = tl.exp2(logits_MN - new_top_M[:, None])
+    shrink_M = tl.exp2(top_M - new_top_M)
     v_ND = load_operand(v_base, rows_N, v_stride, ok_N, HEAD_DIM, BLOCK_D, BLOCK_E, MASK_ROWS, PRECISION)
     acc_MD = dot_of_d(operand(p_MN.to(v_ND[0].dtype), PRECISION), v_ND, times(acc_MD, shrink_M[:, None]), PRECISION)
-    return acc_MD, new_max_M, sum_M * shrink_M + tl.sum(p_MN, 1)
+    return acc_MD, new_top_M, sum_M * shrink_M + tl.sum(p_MN, 1)
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # it changes with every batch
@@ -81,7 +84,7 @@ def attention_forward(
     q_MD = load_operand(q + head * q_head, rows_M, q_row, ok_M, HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION)
 
     acc_MD = zeros(BLOCK_M, BLOCK_D, BLOCK_E)
-    max_M = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    top_M = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     sum_M = tl.zeros([BLOCK_M], dtype=tl.float32)
     k_base = k + head * k_head
     v_base = v + head * v_head
@@ -92,24 +95,22 @@ def attention_forward(
     for at in range(0, whole, BLOCK_N):  # whole tiles of patch rows: one address run, no masks
         rows_N = n if ROOM else k_patch + at + n
         to = (k_patch + at).to(tl.int64) if ROOM else 0
-        acc_MD, max_M, sum_M = _forward_step(
-            acc_MD, max_M, sum_M, q_MD, k_base + to * k_row, v_base + to * v_row, k_row, v_row, rows_N, n < BLOCK_N, scale_log2,
+        acc_MD, top_M, sum_M = _forward_step(
+            acc_MD, top_M, sum_M, q_MD, k_base + to * k_row, v_base + to * v_row, k_row, v_row, rows_N, n < BLOCK_N, scale_log2,
             HEAD_DIM, BLOCK_D, BLOCK_E, False, PRECISION, ROOM,
         )  # fmt: skip
     for at in range(whole, k_total, BLOCK_N):  # the last patch rows and the prefix rows
         rows_N = row_of(at + n, k_patch, k_patches, k_prefix)
-        acc_MD, max_M, sum_M = _forward_step(
-            acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_row, v_row, rows_N, at + n < k_total, scale_log2,
+        acc_MD, top_M, sum_M = _forward_step(
+            acc_MD, top_M, sum_M, q_MD, k_base, v_base, k_row, v_row, rows_N, at + n < k_total, scale_log2,
             HEAD_DIM, BLOCK_D, BLOCK_E, True, PRECISION, ROOM,
         )  # fmt: skip
 
     if k_total == 0:  # rows outside every segment
         sum_M += 1.0
-        max_M = tl.zeros([BLOCK_M], dtype=tl.float32)
+        top_M = tl.zeros([BLOCK_M], dtype=tl.float32)
     store_tile(out + head * out_head, rows_M, out_row, ok_M, over(acc_MD, sum_M[:, None]), HEAD_DIM)
-    if ROOM:
-        max_M *= scale_log2
-    tl.store(lse + head * num_rows + rows_M, (max_M + tl.log2(sum_M)) * LN_2, mask=ok_M)
+    tl.store(lse + head * num_rows + rows_M, (top_M + tl.log2(sum_M)) * LN_2, mask=ok_M)
 
 
 @triton.jit
