@@ -11,7 +11,7 @@ shows as imbalance. A kernel also moves its tensors once through device memory, 
 The fast backward kernel also adds to dQ in the L2 cache: what its tiles of keys add, 8 bytes a float (read and written), is
 divided by the bandwidth of that cache. How fast it adds is not known here: see ``Rates.l2``.
 
-What binds at head dim 64 on Hopper: 128 x 64 logits take 512 clocks of the matrix units, 512 of the exponential unit and about
+What binds at head dim 64 on Hopper: 128 x 64 logits take 512 clocks of the tensor cores, 512 of the exponential unit and about
 320 of the float32 units. Perfect overlap would be 990 TFLOP/s; none is 377, and published plain Triton kernels measure
 340 to 403. Not modelled: other traffic of L2, shared memory, the clock falling under load, the tail of a tile's prologue.
 """

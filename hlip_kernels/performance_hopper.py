@@ -5,7 +5,7 @@
 A step of a consumer is a short list of actions in the order of its machine code (``tests/test_hopper_compile.py`` holds it to
 that order). The tensor cores take products one after the other, each as long as its FLOPs or its reads of shared memory take;
 consumers share the exponential units and the issue slots of the schedulers evenly; a wait ends when the products it names have.
-Played out for some tens of steps, that gives the clocks in which all consumers do a step: at least what the busiest unit takes.
+Simulated for some tens of steps, that gives the clocks in which all consumers do a step: at least what the busiest unit takes.
 
 How many instructions a step has is counted in the machine code (``ISSUED``). Each of the four schedulers has one warp of every
 consumer and issues one instruction a clock, so that is the clocks they take of it.
@@ -149,16 +149,16 @@ def _reads(product: Begin, block: int, head_dim: int) -> float:
 
 
 def clocks_per_step(kernel: str, config: Config, head_dim: int, rates: Rates, steps: int = 40) -> float:
-    """Clocks in which every consumer of a multiprocessor does one step, played out; the first steps do not count."""
-    played = _Play(kernel, config, head_dim, rates)
+    """Clocks in which every consumer of a multiprocessor does one step, simulated; the first steps do not count."""
+    simulated = _Simulation(kernel, config, head_dim, rates)
     warm = steps // 4
-    while min(map(len, played.finished)) <= steps:
-        played.advance()
-    return (max(f[steps] for f in played.finished) - max(f[warm] for f in played.finished)) / (steps - warm)
+    while min(map(len, simulated.finished)) <= steps:
+        simulated.advance()
+    return (max(f[steps] for f in simulated.finished) - max(f[warm] for f in simulated.finished)) / (steps - warm)
 
 
-class _Play:
-    """Consumers, the queue of the matrix unit and the shared units, from event to event."""
+class _Simulation:
+    """Consumers, the queue of the tensor cores and the shared units, from event to event."""
 
     def __init__(self, kernel: str, config: Config, head_dim: int, rates: Rates):
         self.actions = STEPS[kernel]
@@ -219,11 +219,11 @@ class _Play:
 
 
 @dataclass(frozen=True)
-class Played:
+class Simulated:
     """Seconds of one kernel, or of several one after the other.
 
     Attributes:
-        seconds: with the order of the kernels played out. overlapped: with the busiest unit busy all the time.
+        seconds: with the order of the kernels simulated. overlapped: with the busiest unit busy all the time.
         serial: with the units one after the other (shared memory is read by the products themselves).
         binds: the busiest unit, or ``"memory"``. balance: mean busy time of a multiprocessor over that of the last to finish.
         useful: real logits over computed ones.
@@ -236,9 +236,9 @@ class Played:
     balance: float
     useful: float
 
-    def __add__(self, other: Played) -> Played:
+    def __add__(self, other: Simulated) -> Simulated:
         longer = max(self, other, key=lambda p: p.seconds)
-        return Played(
+        return Simulated(
             self.seconds + other.seconds, self.overlapped + other.overlapped, self.serial + other.serial,
             longer.binds, longer.balance, longer.useful,
         )  # fmt: skip
@@ -247,7 +247,7 @@ class Played:
 def predict_hopper(
     layout: Layout, level: str, *, heads: int, head_dim: int, dtype: torch.dtype, rates: Rates, backward: bool = False,
     fused: bool = False, neighbours: int = 0, summary: str | None = None,
-) -> Played:  # fmt: skip
+) -> Simulated:  # fmt: skip
     """The time of ``attention`` with the ``hopper`` backend, forward or backward.
 
     Args:
@@ -266,7 +266,7 @@ def predict_hopper(
     return sum(rest, first)
 
 
-def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: torch.dtype, rates: Rates) -> Played:
+def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: torch.dtype, rates: Rates) -> Simulated:
     config = KERNELS[kernel][head_dim]
     tiles, records = plan.tiles(
         config.rows, torch.device("cpu"), transposed=kernel in ("attention_backward_dkdv", "attention_backward_fused")
@@ -304,24 +304,24 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
     }
     binds = max(clocks, key=clocks.__getitem__)
     waiting = 0.0 if config.own_stages > 1 else OWN_ROWS
-    played = dealt({n: clocks_per_step(kernel, c, head_dim, rates) for n, c in configs.items()}, outside, waiting)
+    simulated = dealt({n: clocks_per_step(kernel, c, head_dim, rates) for n, c in configs.items()}, outside, waiting)
     serial = sum(count for unit, count in clocks.items() if unit != "shared memory")
     serial += waiting * -(-len(own) * heads // rates.multiprocessors)
     memory = TENSORS.get(kernel, 6) * plan.num_rows * heads * head_dim * dtype.itemsize / rates.bandwidth
     overlapped = clocks[binds] / rates.clock
-    seconds = (played.max() / rates.clock, overlapped, serial / rates.clock)
+    seconds = (simulated.max() / rates.clock, overlapped, serial / rates.clock)
     computed = ROWS * float((columns * busy).sum())
-    return Played(
+    return Simulated(
         *(float(max(time, memory)) + LAUNCH for time in seconds),
         binds if overlapped > memory else "memory",
-        balance=float(played.mean() / played.max()) if played.any() else 1.0,
+        balance=float(simulated.mean() / simulated.max()) if simulated.any() else 1.0,
         useful=float((own * met).sum()) / computed if computed else 1.0,
     )
 
 
 def main() -> int:
     rates = RATES["H200"]
-    print("consumers by rows of a tile: busiest unit, its clocks a step, played out, TFLOP/s (H200, D = 64; predicted)")
+    print("consumers by rows of a tile: busiest unit, its clocks a step, simulated, TFLOP/s (H200, D = 64; predicted)")
     for kernel, by_head_dim in KERNELS.items():
         shipped = by_head_dim[64]
         for consumers in (1, 2, 3, 4):

@@ -24,7 +24,7 @@ from .packs import TILE, Packs, packs_of
 from .pattern import Plan
 from .performance import LAUNCH, Prediction, Rates
 
-# mma.sync reaches about this share of the matrix rate on Hopper, whose peak is for warpgroup products (Luo et al.,
+# mma.sync reaches about this share of the matrix rate on Hopper, whose peak is for warpgroup MMAs (Luo et al.,
 # arXiv 2402.13499, measure 62.9% on average). Elsewhere it is the matrix instruction, and reaches all of it.
 _MMA_SYNC = {"hopper": 0.63, "ampere": 1.0}
 _SHARED_BYTES = 128  # a clock and multiprocessor

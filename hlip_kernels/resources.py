@@ -72,7 +72,7 @@ class Resources:
 
     Attributes:
         columns: of a tile, one block or two. spill_bytes: local memory (stack) a thread.
-        matrix_instructions, matrix_kind: how many there are, and which; ``HGMMA`` is Hopper's warpgroup product, ``HMMA`` that
+        matrix_instructions, matrix_kind: how many there are, and which; ``HGMMA`` is Hopper's warpgroup MMA, ``HMMA`` that
             of one warp.
         instructions, exponentials: of a thread, in the loop over whole tiles of patch rows.
     """

@@ -150,7 +150,7 @@ def _async_load(descriptor, coordinates, barrier, tile, pred=True):
 
 
 class Product:
-    """The result of a warpgroup product that has begun: nothing but another product and a wait may take it."""
+    """The result of a warpgroup MMA that has begun: nothing but another product and a wait may take it."""
 
     def __init__(self, a, b, accumulator, use_accumulator: bool):
         me = running()

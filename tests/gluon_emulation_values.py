@@ -106,7 +106,7 @@ class DotOperandLayout(Layout):
 
 @dataclass(frozen=True)
 class NVMMASharedLayout(Layout):
-    """Of shared memory that TMA writes and warpgroup products read."""
+    """Of shared memory that TMA writes and warpgroup MMAs read."""
 
     swizzle_byte_width: int
     element_bitwidth: int

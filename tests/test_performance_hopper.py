@@ -1,4 +1,4 @@
-"""The model that plays out the Hopper kernels' order: between its bounds, and right where the answer is plain."""
+"""The model that simulates the Hopper kernels' order: between its bounds, and right where the answer is plain."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_between_the_busiest_unit_and_no_overlap_at_all(kernel):
 
 
 def test_three_consumers_of_64_rows_keep_the_matrix_units_busiest():
-    """What the forward kernel ships with: a larger share of busy matrix units than with one or two."""
+    """What the forward kernel ships with: a larger share of busy tensor cores than with one or two."""
     share = {}
     for consumers in (1, 2, 3):
         share[consumers] = (

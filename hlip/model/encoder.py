@@ -20,7 +20,7 @@ from .dropout import draw_kept
 from .position import resize_scans, resize_spatial, sincos_1d, spatial_table
 from .variants import Encoder
 
-# Rows are rounded up to a multiple of this: whole tiles for the matrix units.
+# Rows are rounded up to a multiple of this: whole tiles for the tensor cores.
 ROW_MULTIPLE = 64
 
 

@@ -12,7 +12,7 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-ROWS = gl.constexpr(64)  # rows of a consumer: what one warpgroup product takes
+ROWS = gl.constexpr(64)  # rows of a consumer: what one warpgroup MMA takes
 
 
 @gluon.jit

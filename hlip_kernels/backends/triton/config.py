@@ -48,7 +48,7 @@ WIDER = "wider"
 # sees fewer than this, the two other kernels run.
 FUSED_FROM = 512
 
-# Families: "hopper" has warpgroup products (sm_90, sm_100, sm_103), "ampere" those of one warp and as little as 99 KB of
+# Families: "hopper" has warpgroup MMAs (sm_90, sm_100, sm_103), "ampere" those of one warp and as little as 99 KB of
 # shared memory (sm_80, sm_86, sm_89, sm_120), "amd" 64 threads a warp and 64 KB.
 FAMILIES = ("hopper", "ampere", "amd")
 

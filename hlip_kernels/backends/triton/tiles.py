@@ -49,7 +49,7 @@ def row_of(i, patch, patches, prefix):
 def operand(x, PRECISION: tl.constexpr):
     """``x`` as a matrix product takes it: rounded to TF32 if that is asked for.
 
-    The matrix units drop the 13 bits that TF32 lacks, which makes every product some 7e-4 smaller. So half a unit in the last
+    The tensor cores drop the 13 bits that TF32 lacks, which makes every product some 7e-4 smaller. So half a unit in the last
     place is added first: rounding to nearest. NaN and Inf stay what they are.
     """
     if PRECISION == "tf32":
