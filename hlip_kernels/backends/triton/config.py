@@ -82,7 +82,7 @@ _HOPPER = {
         80: Config(64, 128, 8, 2),
         96: Config(64, 128, 8, 2),
         128: Config(32, 64, 4, 2),
-        192: Config(32, 32, 8, 2),
+        192: Config(32, 32, 4, 1),
         256: Config(32, 32, 8, 1),
     },
     ("attention_forward", 4): {
@@ -219,7 +219,6 @@ _AMPERE = {
         80: Config(32, 128, 8, 2),
         96: WIDER,
         128: Config(16, 128, 8, 2),
-        192: Config(32, 32, 4, 1),
         256: Config(32, 32, 4, 1),
     },
     ("attention_forward", 4): {
