@@ -284,7 +284,7 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
     blocks = (-(-own // (ROWS * config.consumers))).clip(1, config.own_blocks)  # that a consumer has rows for
     steps, columns = steps * blocks, columns * blocks
     busy = np.full(len(own), config.consumers)
-    if kernel not in (*FUSED, *WHOLE):  # consumers without rows let the others pass by
+    if kernel not in (*FUSED, *WHOLE):  # consumers without rows let tiles of the ring pass by
         busy = (-(-own // ROWS)).clip(1, config.consumers)
 
     def dealt(clocks: dict[int, float], outside: float = 0.0, waiting: float = 0.0) -> np.ndarray:

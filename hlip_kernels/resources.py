@@ -95,9 +95,9 @@ class Resources:
     exponentials: int
 
     def a_logit(self, count: int) -> float:
-        """So many a thread and step, for each logit of a tile; 0 where there are none.
+        """``count`` instructions of a thread and step, as instructions for each logit of a tile; 0 where there are none.
 
-        Of ``exponentials``, as good as 1: more and some logits are computed by more than one thread.
+        Of ``exponentials`` about 1: where it is more, several threads compute the same logit.
         """
         threads = self.num_warps * ARCHITECTURES[self.arch].warp_size
         return count * threads / max(self.block_m * self.block_n, 1)

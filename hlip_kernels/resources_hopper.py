@@ -29,7 +29,7 @@ SHARED_MEMORY = 232448  # bytes that one program may use
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # Compile-time constants that no table holds, by the kernel's name: all that are worth telling apart.
 VARIANTS = {
-    "attention_backward_dq": ({"HAS_GRAD_LSE": True},),
+    "attention_backward_dq": ({"HAS_GRAD_LSE": False}, {"HAS_GRAD_LSE": True}),
     "attention_backward_fused": ({"ORDERED": True}, {"ORDERED": False}),
     "attention_backward_whole": ({"HAS_GRAD_LSE": False}, {"HAS_GRAD_LSE": True}),
 }
@@ -47,7 +47,7 @@ class HopperResources:
         instructions, reducer_instructions: in the longest such loop of either kind, the repeated tries of its waits included.
         products, tma_loads: instructions (HGMMA, UTMALDG). serialized: ptxas says that it made products wait for one another.
         exponentials: instructions in those loops. overlapped: those with a product in flight.
-        unsynchronised: arrivals at a barrier, and products, that a warp may reach before the others' stores and waits.
+        unsynchronised: arrivals at a barrier, and products, that a warp may reach before the others' loads, stores and waits.
         order: of the first such loop that has exponentials.
     """
 
@@ -176,22 +176,24 @@ def order_of(loop: list[Instruction]) -> str:
 
 
 def unsynchronised(code: list[Instruction], own_operands: bool = True) -> int:
-    """Arrivals right after a store or a wait, and products right after a store, with no barrier of the warps between.
+    """Arrivals right after a load, a store or a wait, and products right after a store, with no barrier of the warps between.
 
     One warp arrives for all four, and a product reads what all four stored; not in a kernel without ``own_operands``, where
     groups multiply only what others have stored. Source order is that of the addresses here:
     ptxas puts nothing but the repeated tries of a wait elsewhere.
     """
-    count, stored, waited = 0, False, False
+    count, loaded, stored, waited = 0, False, False, False
     for i in code:
         if i.name.startswith("BAR.SYNC"):
-            stored = waited = False
+            loaded = stored = waited = False
+        elif i.name.startswith("LDS"):
+            loaded = True
         elif i.name.startswith(("STS", "FENCE.VIEW.ASYNC")):
             stored = True
         elif i.kind.startswith("wait"):
             waited = True
         elif i.name.startswith("SYNCS.ARRIVE"):
-            count += stored or waited
+            count += loaded or stored or waited
         elif i.kind == "product":
             count += stored and own_operands
     return count

@@ -88,6 +88,7 @@ def test_every_shipped_configuration_is_on_record():
 PRODUCT = Instruction("HGMMA.64x64x16.F32.BF16", "R24, gdesc[UR4], R24, gsb0 ;", False)
 EXP2 = Instruction("MUFU.EX2", "R1, R2 ;", False)
 BARRIER = Instruction("BAR.SYNC.DEFER_BLOCKING", "0x1, 0x80 ;", False)
+LOAD = Instruction("LDS.128", "R4, [R1] ;", False)
 STORE, ARRIVE = Instruction("STS.128", "[R1], R4 ;", False), Instruction("SYNCS.ARRIVE.TRANS64.A1T0", "RZ, [UR4], RZ ;", True)
 
 
@@ -120,6 +121,8 @@ def test_the_order_of_a_loop():
         ([PRODUCT, wait(0), ARRIVE], 1),
         ([BARRIER, wait(0), EXP2, ARRIVE], 1),
         ([STORE, ARRIVE, BARRIER], 1),
+        ([BARRIER, LOAD, ARRIVE], 1),
+        ([LOAD, BARRIER, ARRIVE, PRODUCT], 0),
         ([STORE, PRODUCT], 1),
         ([STORE, BARRIER, PRODUCT, wait(0), BARRIER, ARRIVE], 0),
     ],

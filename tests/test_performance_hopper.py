@@ -80,7 +80,7 @@ def test_between_the_busiest_unit_and_no_overlap_at_all(kernel):
         assert clocks <= consumers * alone * 1.001
 
 
-def test_three_consumers_of_64_rows_keep_the_matrix_units_busiest():
+def test_three_consumers_of_64_rows_keep_the_tensor_cores_busiest():
     """What the forward kernel ships with: a larger share of busy tensor cores than with one or two."""
     share = {}
     for consumers in (1, 2, 3):

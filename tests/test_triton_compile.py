@@ -80,8 +80,8 @@ def test_every_shipped_configuration_is_on_record():
 
 
 def test_logits_are_computed_once():
-    """Of 16-bit inputs, but where tiles that do so spill. A product of two groups of warps that share neither rows nor columns
-    would be made by both, and all that follows from it: that takes no local memory, so nothing else shows it."""
+    """Of 16-bit inputs, but where tiles that do so spill. Two groups of warps with the same rows and columns of a product both
+    make it, and all that follows from it: that takes no local memory, so nothing else shows it."""
     for record in sorted(RECORD.parent.glob("triton-*.csv")):
         for r in read_rows(record):
             if "16" not in r.dtype or r.kernel == "attention_backward_delta":

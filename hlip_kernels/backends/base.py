@@ -22,7 +22,7 @@ class Numerics:
 
     Attributes:
         deterministic: same inputs, same bits, every run; ``False`` lets the backward pass add floats in any order.
-        allow_tf32: float32 inputs may be multiplied in TF32 (10 bits of mantissa) by the tensor cores.
+        allow_tf32: float32 inputs may be multiplied in TF32 (10 bits of mantissa) by tensor or matrix cores.
     """
 
     deterministic: bool = True

@@ -45,7 +45,7 @@ def attention(
         backend: ``"auto"``, or one of ``hlip_kernels.backends.BACKENDS``; a named one never falls back.
         deterministic: same inputs, same bits, every run. ``False`` allows a backward pass whose sums depend on timing,
             where a backend has a faster one.
-        allow_tf32: float32 inputs may be multiplied in TF32 (10 bits of mantissa) where the GPU's tensor cores do that
+        allow_tf32: float32 inputs may be multiplied in TF32 (10 bits of mantissa) where tensor or matrix cores do that
             faster; errors grow to those of float16. No effect on other dtypes.
         return_lse: also return the natural log-sum-exp of the scaled logits.
 

@@ -103,7 +103,7 @@ class HopperBackend(Backend):
         has_grad_lse = grad_lse is not None
         if not has_grad_lse:
             grad_lse = lse  # never read
-        q, k, v, out, grad_out = map(_loadable, (q, k, v, out, grad_out))
+        q, k, v, grad_out = map(_loadable, (q, k, v, grad_out))
         any_order = not wants_same_bits(numerics)
         names = backward_kernels(plan, head_dim, any_order or self.ordered, self.whole)
         run = {SPLIT: self._split, FUSED: functools.partial(self._fused, ordered=not any_order), WHOLE: self._whole}[names]
@@ -114,6 +114,7 @@ class HopperBackend(Backend):
         num_rows, heads, head_dim = q.shape
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         delta = torch.empty_like(lse)
+        out = _loadable(out)
 
         config = BACKWARD_DQ[head_dim]
         tiles, records = plan.tiles(config.rows, q.device)
@@ -216,7 +217,7 @@ def constants_of(config: Config, head_dim: int) -> dict[str, int]:
         "CONSUMER_REGISTERS": config.consumer_registers,
         "PRODUCER_REGISTERS": config.producer_registers,
         **(reducer if config.reducer_stages else {}),
-        **({"OWN_STAGES": config.own_stages} if config.own_stages else {}),
+        "OWN_STAGES": config.own_stages,
         **({} if config.own_in_registers is None else {"OWN_IN_REGISTERS": config.own_in_registers}),
     }
 

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from .own import load_own_statistics, make_own, make_own_bars, make_own_statistics, produce_with_own
+from .own import load_own_statistics, make_own, make_own_bars, make_own_statistics, produce
 from .ring import (
     ROWS,
     as_operand,
@@ -145,7 +145,7 @@ def attention_backward_dq(
             [
                 (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, OWN_STAGES)),
                 (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, OWN_STAGES)),
-                (produce_with_own, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, False)),
+                (produce, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, False)),
             ],
             [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
@@ -156,7 +156,7 @@ def attention_backward_dq(
                 (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, OWN_STAGES)),
                 (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, OWN_STAGES)),
                 (_consume, (tensors, numbers, owned, rings, 2, CONSUMERS, STAGES, OWN_STAGES)),
-                (produce_with_own, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, False)),
+                (produce, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, False)),
             ],
             [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip

@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from .own import make_own, make_own_bars, produce_with_own
+from .own import make_own, make_own_bars, produce
 from .ring import (
     ROWS,
     as_operand,
@@ -137,6 +137,7 @@ def attention_backward_dkdv(
 
     An item is one tile of 128 key rows of one head.
     """
+    gl.static_assert(BLOCK_N == ROWS)  # the tiles of all tensors
     own_k = make_own(q_desc.dtype, ROWS, BLOCK_D, CONSUMERS, OWN_STAGES)
     own_v = make_own(q_desc.dtype, ROWS, BLOCK_D, CONSUMERS, OWN_STAGES)
     bars = make_own_bars(own_k, BLOCK_N, 2, CONSUMERS, CONSUMERS, OWN_STAGES)
@@ -154,7 +155,7 @@ def attention_backward_dkdv(
         [
             (_consume, (tensors, numbers, owned, rings, statistics, (), 0, CONSUMERS, STAGES, 0, OWN_STAGES)),
             (_consume, (tensors, numbers, owned, rings, statistics, (), 1, CONSUMERS, STAGES, 0, OWN_STAGES)),
-            (produce_with_own, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, False)),
+            (produce, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, False)),
         ],
         [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
@@ -220,6 +221,7 @@ def attention_backward_fused(
 
     An item is one tile of 128 key rows of one head, ``BLOCK_N`` query rows a tile of the ring.
     """
+    gl.static_assert(BLOCK_N == ROWS)  # the tiles of all tensors
     own_k = make_own(q_desc.dtype, ROWS, BLOCK_D, CONSUMERS, OWN_STAGES)
     own_v = make_own(q_desc.dtype, ROWS, BLOCK_D, CONSUMERS, OWN_STAGES)
     bars = make_own_bars(own_k, BLOCK_N, 2, CONSUMERS + 1, CONSUMERS, OWN_STAGES)
@@ -242,7 +244,7 @@ def attention_backward_fused(
             (_consume, (tensors, numbers, owned, rings, statistics, handed, 0, CONSUMERS, STAGES, DS_STAGES, OWN_STAGES)),
             (_consume, (tensors, numbers, owned, rings, statistics, handed, 1, CONSUMERS, STAGES, DS_STAGES, OWN_STAGES)),
             (_sum, (dq_sum, turns, tiles, records, sums, owned, handed, BLOCK_N, CONSUMERS, DS_STAGES, OWN_STAGES, ORDERED)),
-            (produce_with_own, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, True, False)),
+            (produce, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, True, False)),
         ],
         [4, 4, 4], [CONSUMER_REGISTERS, REDUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

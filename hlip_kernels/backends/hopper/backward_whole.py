@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from .backward_keys import add_query_tile
-from .own import make_own, make_own_bars, produce_with_own
+from .own import make_own, make_own_bars, produce
 from .ring import (
     ROWS,
     await_use,
@@ -233,7 +233,7 @@ def attention_backward_whole(
                 (dq, tiles, records, sums, made_of, made_of_numbers, owned, rings, statistics, handed,
                  BLOCK_N, STAGES, DS_STAGES, OWN_STAGES),
             ),
-            (produce_with_own, (brought, STAGES, PART, 1, OWN_STAGES, True, False)),
+            (produce, (brought, STAGES, PART, 1, OWN_STAGES, True, False)),
         ],
         [4, 4, 4], [CONSUMER_REGISTERS, REDUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

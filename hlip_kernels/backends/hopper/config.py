@@ -23,9 +23,10 @@ class Config:
         part: rows that the loading group takes at a time where it loads by address.
         consumer_registers, producer_registers: of a thread, multiples of 8; together at most what the card has.
         reducer_registers: of the group that makes or adds up dQ, if there is one. reducer_stages: tiles handed to it.
-        own_blocks: blocks of 64 rows that a consumer owns. own_stages: how many tiles of its own rows a program has room for,
-            where they come while it is busy with others. own_in_registers: forward, whether its rows are multiplied from
-            registers or from shared memory; ``None`` for the other kernels.
+        own_blocks: blocks of 64 rows that a consumer owns. own_stages: how many tiles of its own rows a program has room for:
+            with 2 the next come while it is busy, with 1 while it writes results.
+        own_in_registers: forward, whether its rows are multiplied from registers or from shared memory; ``None`` for the
+            other kernels.
     """
 
     consumers: int
@@ -36,7 +37,7 @@ class Config:
     producer_registers: int
     reducer_registers: int = 0
     reducer_stages: int = 0
-    own_stages: int = 0
+    own_stages: int = 1
     own_blocks: int = 1
     own_in_registers: bool | None = None
 

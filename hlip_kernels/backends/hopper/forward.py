@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from .own import make_own, make_own_bars, produce_with_own
+from .own import make_own, make_own_bars, produce
 from .ring import (
     ROWS,
     are_few,
@@ -32,7 +32,7 @@ from .ring import (
 )
 
 LN_2 = gl.constexpr(0.6931471805599453)
-LOWEST = gl.constexpr(-3e38)  # a maximum so far: finite, since a whole tile may be of logits that are -inf
+LOWEST = gl.constexpr(-3.4028234e38)  # a maximum so far: finite, since a whole tile may be of logits that are -inf
 
 
 @gluon.jit
@@ -244,7 +244,7 @@ def attention_forward(
             [
                 (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
-                (produce_with_own, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, True)),
+                (produce, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, True)),
             ],
             [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
@@ -254,7 +254,7 @@ def attention_forward(
                 (_consume, (tensors, numbers, owned, rings, 0, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_consume, (tensors, numbers, owned, rings, 2, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
-                (produce_with_own, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, True)),
+                (produce, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, True)),
             ],
             [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
@@ -266,7 +266,7 @@ def attention_forward(
                 (_consume, (tensors, numbers, owned, rings, 1, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_consume, (tensors, numbers, owned, rings, 2, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
                 (_consume, (tensors, numbers, owned, rings, 3, CONSUMERS, STAGES, PART, OWN_STAGES, OWN_IN_REGISTERS)),
-                (produce_with_own, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, True)),
+                (produce, (brought, STAGES, PART, CONSUMERS, OWN_STAGES, False, True)),
             ],
             [4, 4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip

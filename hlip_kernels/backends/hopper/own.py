@@ -2,6 +2,8 @@
 
 For each of ``OWN_STAGES`` items there is room, in ``PLACES`` places: one for all of its rows, or one for every consumer. One
 barrier tells of all rows of all tensors. With a single stage the next item's rows come while this one's results are written.
+
+The producer of every kernel is here too: :func:`produce`.
 """
 
 from triton.experimental import gluon
@@ -54,10 +56,10 @@ def make_own_statistics(lse, grad_lse, num_rows, PLACES: gl.constexpr, OWN_STAGE
 
 
 @gluon.jit
-def _ask(of, head, start, record_rows):
+def _load_statistics(of, head, start, record_rows):
     """The statistics of all rows of a record from ``start`` on that there is room for; zeros past its end.
 
-    Nothing is computed of them here, so nobody waits for them yet.
+    As in :func:`.ring.load_statistics`, nobody waits for them yet.
     """
     lse, grad_lse, num_rows, lse_smem, _ = of
     patch, patches, prefix, total = record_rows
@@ -73,7 +75,7 @@ def _ask(of, head, start, record_rows):
 
 @gluon.jit
 def _leave(of, found, stage):
-    """Leaves what :func:`_ask` found for the consumers, log-sum-exp in base 2."""
+    """Leaves what :func:`_load_statistics` found for the consumers, log-sum-exp in base 2."""
     _, grad_lse, _, lse_smem, dlse_smem = of
     lse_smem.index(stage).store(found[0] * LOG2_E)
     if len(grad_lse) > 0:
@@ -138,7 +140,7 @@ def produce_own(
     head = number.to(gl.int64)
     copied = 0
     if len(own_statistics) > 0:
-        found = _ask(own_statistics, head, start, own)
+        found = _load_statistics(own_statistics, head, start, own)
         copied += 1
     for t in gl.static_range(len(own_sources)):
         desc, base, row_stride, head_stride, smem = own_sources[t]
@@ -155,11 +157,15 @@ def produce_own(
 
 
 @gluon.jit
-def produce_with_own(
+def produce(
     brought, STAGES: gl.constexpr, PART: gl.constexpr, PLACES: gl.constexpr, OWN_STAGES: gl.constexpr,
     ALL_PLACES: gl.constexpr, REST_FIRST: gl.constexpr,
 ):  # fmt: skip
-    """For every item of this program its own rows (:func:`produce_own`), then those it meets (:func:`.ring.produce_record`)."""
+    """For every item of this program its own rows (:func:`produce_own`), then those it meets (:func:`.ring.produce_record`).
+
+    ``brought``: own tensors, own statistics, the tensors of the ring, their strides and the number of items, statistics of the
+    ring's rows, barriers of own rows, the rings.
+    """
     own_sources, own_statistics, sources, numbers, statistics, bars, rings = brought
     tiles, records = sources[4], sources[5]
     heads, num_items = numbers[4], numbers[5]

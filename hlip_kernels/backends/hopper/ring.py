@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: items and their rows, products, two rings of tiles, and the producer that fills them.
+"""What the Hopper kernels share: items and their rows, products, two rings of tiles, and what fills them.
 
 A ring has ``full`` and ``empty`` barriers, one of each for every stage. A counter gives stage and parity: use ``i`` of a ring
 of ``n`` stages is stage ``i % n``, round ``i // n``. What Gluon renamed between triton 3.6 and 3.9 has one name here.
@@ -221,7 +221,7 @@ def produce_statistics(of, lse_M, delta_M, full, i, STAGES: gl.constexpr):
 @gluon.jit
 def produce_record(
     sources, rings, numbers, statistics, number, met, made, STAGES: gl.constexpr, PART: gl.constexpr,
-    REST_FIRST: gl.constexpr = False,
+    REST_FIRST: gl.constexpr,
 ):  # fmt: skip
     """All rows of one record of head ``number``, of two tensors, from use ``made`` on. Returns the use after them.
 

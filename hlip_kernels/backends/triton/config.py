@@ -231,7 +231,6 @@ _AMPERE = {
         80: Config(128, 32, 8, 2),
         128: Config(64, 32, 4, 1),
         192: Config(32, 32, 4, 1),
-        256: Config(32, 32, 4, 1),
     },
     ("attention_backward_dq", "tf32"): {
         32: Config(64, 32, 4, 2),
@@ -248,7 +247,6 @@ _AMPERE = {
         64: Config(32, 32, 4, 2),
         80: WIDER,
         96: WIDER,
-        128: Config(32, 32, 4, 1),
     },
     ("attention_backward_fused", 2): {
         64: Config(32, 128, 8, 2),

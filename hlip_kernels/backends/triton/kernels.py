@@ -30,7 +30,7 @@ from .tiles import (
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3e38)  # a maximum so far: finite, since a whole tile may be of logits that are -inf
+LOWEST = tl.constexpr(-3.4028234e38)  # a maximum so far: finite, since a whole tile may be of logits that are -inf
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _forward_step(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     ROOM: tl.constexpr,
 ):  # fmt: skip
-    """``top_M`` is the largest scaled logit so far. With ``ROOM``, scaling a logit and subtracting it is one instruction.
+    """``top_M`` is the largest scaled logit so far. With ``ROOM``, scaling a logit and subtracting that is one instruction.
 
     The scaled maximum goes from step to step. Were it scaled anew, an unchanged one would shrink by its rounding at every step.
     """
