@@ -121,12 +121,11 @@ def check(backend, dtype, *case, **options):
             floor = 4 * torch.finfo(dtype).eps * float(truth[3].norm())
         else:
             floor = 0.25 * torch.finfo(dtype).eps
-            smallest = torch.finfo(dtype).smallest_normal
-            if right.abs().max() < smallest:
-                # Subnormal (a scale of 1e-40): each of a row's terms, 130 at most, may be off by half of the least there is.
+            sums = torch.finfo(torch.float32)  # in which all dtypes here are summed
+            if right.abs().max() < sums.smallest_normal:
+                # Subnormal (a scale of 1e-40): each of a row's terms, 130 at most, may be off by half of the least float32.
                 # Torch itself rounds terms or their sum, by the CPU it runs on.
-                spacing = smallest * torch.finfo(dtype).eps
-                floor += 0.5 * spacing * 130**0.5 / float(right.square().mean().sqrt())
+                floor += 0.5 * sums.smallest_normal * sums.eps * 130**0.5 / float(right.square().mean().sqrt())
         assert error <= 2 * bound + floor, f"{name}: {error:.2e} against {bound:.2e} of torch"
     dead = slice(layout.prefix_rows(case[2]).stop, None)
     assert all(not t[dead].any() for t in got)
