@@ -48,14 +48,14 @@ def relevance(model: HLIP, scans: Sequence[Tensor], text_feature: Tensor, *, blo
     levels = [*trunk.config.levels, "study"]
     block %= len(trunk.blocks)
     with torch.no_grad():
-        x, layout = trunk.embed(images)
+        x, layout, rope = trunk.embed(images)
         for i in range(block):
-            x = switch_level(trunk.blocks[i](x, layout), layout, levels[i], levels[i + 1])
+            x = switch_level(trunk.blocks[i](x, layout, rope), layout, levels[i], levels[i + 1])
     with torch.enable_grad():
         start = x.detach().requires_grad_()
         y = start
         for i in range(block, len(trunk.blocks)):
-            y = switch_level(trunk.blocks[i](y, layout), layout, levels[i], levels[i + 1])
+            y = switch_level(trunk.blocks[i](y, layout, rope), layout, levels[i], levels[i + 1])
         features = model.visual.head(trunk.pool(trunk.norm(y), layout))[0, 0]
         # A copy: one made in inference mode cannot be kept for the backward pass.
         score = F.cosine_similarity(features, text_feature.detach().to(features, copy=True), dim=0)
@@ -75,15 +75,17 @@ def occlusion(
     """
     trunk = model.visual.trunk
     images = StudyBatch.pack([list(scans)], **batch).to(trunk.spatial_posemb.device)
-    x, whole = trunk.embed(images)
+    x, whole, rope = trunk.embed(images)
     tokens, count = x[: whole.num_tokens], whole.num_tokens
 
     def score(kept: Tensor) -> Tensor:
         """Cosines ``(N,)`` of N copies of the study, copy ``i`` with the patches ``kept[i]`` (bool ``(N, T)``)."""
         copies = Layout.from_grids(list(whole.grids) * len(kept), num_prefix=whole.num_prefix, row_multiple=whole.row_multiple)
         layout = copies.drop(kept.flatten()).to(tokens.device)
-        rows = tokens.repeat(len(kept), 1)[kept.flatten().to(tokens.device)]
-        y = trunk.norm(trunk.run_blocks(torch.cat([rows, trunk.prefix(layout)]), layout))
+        chosen = kept.flatten().to(tokens.device)
+        rows = tokens.repeat(len(kept), 1)[chosen]
+        turns = None if rope is None else rope.repeat(len(kept), 1)[chosen]
+        y = trunk.norm(trunk.run_blocks(torch.cat([rows, trunk.prefix(layout)]), layout, turns))
         features = model.visual.head(trunk.pool(y, layout))[:, 0]
         return F.cosine_similarity(features, text_feature.to(features)[None], dim=1).float().cpu()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -94,6 +95,7 @@ class HierarchicalAttention(nn.Module):
         layout: Layout | None = None,
         level: str | None = None,
         *,
+        rope: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
@@ -103,6 +105,10 @@ class HierarchicalAttention(nn.Module):
             x: packed rows ``(R, C)`` with ``layout`` and ``level``, or dense ``(B, N, C)`` without.
             layout: the ragged shape, on the device of ``x``.
             level: the level whose segments attend.
+            rope: rotary positions (Su et al., arXiv 2104.09864) as timm's ``RotaryEmbeddingCat`` makes them: ``(T, 2 * D)``,
+                for each patch row the sines of its ``D`` channels, then the cosines; channels ``2i`` and ``2i + 1`` turn
+                together. Prefix rows do not turn. For dense input ``(n, 2 * D)``, of the last ``n`` tokens. Queries and keys
+                are turned in the wider of their dtype and the table's, and rounded to theirs.
             attn_mask: for dense input, broadcastable to ``(B, H, N, N)``: bool, true where a query sees a key, or floating
                 point, added to the logits. By keyword: timm takes it where the layout stands here.
             is_causal: for dense input: a token sees none after it. Not together with ``attn_mask``.
@@ -115,9 +121,14 @@ class HierarchicalAttention(nn.Module):
                 does not fit, both masks, or, with packed rows, a mask or (in training) dropout of attention weights.
         """
         self._check(x, layout, level, attn_mask, is_causal)
+        if rope is not None:
+            self._check_rope(rope, x, layout)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.unbind(-3)  # views of the projection: (..., H, D)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rope is not None:
+            first = 0 if layout is not None else x.shape[1] - rope.shape[0]
+            q, k = _turn(q, rope, first), _turn(k, rope, first)
         if layout is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             dropout = self.attn_drop.p if self.training else 0.0
@@ -157,6 +168,23 @@ class HierarchicalAttention(nn.Module):
                 "weights. Make the layer with attn_drop=0 (proj_drop works)"
             )
 
+    def _check_rope(self, rope: Tensor, x: Tensor, layout: Layout | None) -> None:
+        if self.head_dim % 2:
+            raise ValueError(f"rope turns pairs of channels: it needs an even head dim, not {self.head_dim}")
+        width, fits = 2 * self.head_dim, rope.ndim == 2
+        if fits:
+            fits = rope.shape[0] <= x.shape[1] if layout is None else rope.shape[0] == layout.num_tokens
+        if not fits or rope.shape[1] != width or not rope.is_floating_point():
+            whom, found = "token, or for the last ones" if layout is None else "patch", ""
+            if not torch.compiler.is_compiling():  # a size in the message would become a guard, each new one a compilation
+                count = x.shape[1] if layout is None else layout.num_tokens
+                found = f" (there are {count}), got {rope.dtype} of shape {tuple(rope.shape)}"
+            raise ValueError(
+                f"rope: expected a row of {width} floating-point numbers, sines, then cosines, for each {whom}{found}"
+            )
+        if rope.device != x.device:
+            raise ValueError(f"rope is on {rope.device}, the rows are on {x.device}")
+
     def extra_repr(self) -> str:
         options = [f"heads={self.num_heads}", f"head_dim={self.head_dim}"]
         if self.neighbours:
@@ -164,3 +192,13 @@ class HierarchicalAttention(nn.Module):
         if self.summary is not None:
             options.append(f"summary={self.summary!r}")
         return ", ".join([*options, f"backend={self.backend!r}"])
+
+
+def _turn(x: Tensor, rope: Tensor, first: int) -> Tensor:
+    """Queries or keys ``(..., N, H, D)`` in their dtype, ``n`` rows from ``first`` on turned by ``rope`` ``(n, 2 * D)``."""
+    last = first + rope.shape[0]
+    rows = x[..., first:last, :, :]
+    sines, cosines = rope[:, None].chunk(2, dim=-1)
+    left, right = rows.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = (rows * cosines + torch.stack([-right, left], dim=-1).flatten(-2) * sines).to(x.dtype)
+    return torch.cat([x[..., :first, :, :], turned, x[..., last:, :, :]], dim=-3)

@@ -41,6 +41,19 @@ def forward(state, config, x, scan_order=None):
             prefix = prefix[:, None].expand(-1, units[new] // units[old], -1, -1).reshape(units[new], P, C)
         return patches, prefix
 
+    def turned(t):
+        """Queries or keys ``(units, H, P + patches, D)``: a third of a head's channels by each coordinate in the scan."""
+        place = torch.arange(d * h * w).repeat(B * N).view(t.shape[0], 1, -1)
+        channels = C // H // 3 // 2 * 2
+        parts = [t[:, :, P:, 3 * channels :]]
+        for coordinate in (place % w, place // w % h, place // (h * w)):  # from the last to the first
+            s = (3 - len(parts)) * channels
+            x = t[:, :, P:, s : s + channels]
+            angle = coordinate[..., None] * 10000.0 ** -(torch.arange(0, channels, 2, dtype=t.dtype) / channels)
+            z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(angle), angle)
+            parts.insert(0, torch.view_as_real(z).flatten(-2))
+        return torch.cat([t[:, :, :P], torch.cat(parts, -1)], 2)
+
     for i, new in enumerate(config.levels):
         patches, prefix = regroup(patches, prefix, level, new)
         level = new
@@ -50,6 +63,8 @@ def forward(state, config, x, scan_order=None):
         q, k, v = (
             F.linear(y, w_("attn.qkv.weight"), w_("attn.qkv.bias")).view(*y.shape[:2], 3, H, C // H).permute(2, 0, 3, 1, 4)
         )
+        if config.rotary:
+            q, k = turned(q), turned(k)
         attention = torch.softmax(q @ k.transpose(-1, -2) * (C // H) ** -0.5, dim=-1) @ v
         rows = rows + F.linear(attention.transpose(1, 2).flatten(2), w_("attn.proj.weight"), w_("attn.proj.bias"))
         y = F.layer_norm(rows, (C,), w_("norm2.weight"), w_("norm2.bias"), 1e-6)

@@ -1,5 +1,7 @@
 """Relevance maps: their shape, and what they measure."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import scans, tiny_model, tiny_variant
@@ -32,6 +34,41 @@ def test_relevance_inside_inference_mode(method):
     if method is relevance:
         with pytest.raises(ValueError, match="made inside torch.inference_mode"):
             relevance(made_inside, whole, text)
+
+
+def rotary_model():
+    """One whose maps hang on rotary positions: no others, and logits far apart."""
+    variant = tiny_variant("ablate_rope_vit_base_multiscan_h2_dinotxt1568", patch_size=(8, 16, 16), image_size=(16, 16, 16))
+    model = tiny_model(text=None, variant=variant).eval()
+    with torch.no_grad():
+        model.visual.trunk.spatial_posemb.zero_()
+        for block in model.visual.trunk.blocks:
+            block.attn.qkv.weight.mul_(20)
+    return model
+
+
+def test_relevance_knows_rotary_positions():
+    model, whole, text = rotary_model(), scans(16, 24), torch.randn(24)
+    turned = torch.cat(relevance(model, whole, text))
+    model.visual.trunk.config = replace(model.visual.trunk.config, rotary=False)
+    assert not torch.allclose(turned, torch.cat(relevance(model, whole, text)), atol=1e-2)
+
+
+def test_occlusion_knows_rotary_positions():
+    """A scan without its last patch is a shorter scan."""
+    model, (a, b) = rotary_model(), scans(16, 8)
+
+    def fall(*scans_):
+        with torch.no_grad():
+            features = model.encode_image(StudyBatch.pack([[a, b], list(scans_)]))[:, 0]
+        return 1 - float(torch.nn.functional.cosine_similarity(features[0], features[1], dim=0))
+
+    with torch.no_grad():
+        text = model.encode_image(StudyBatch.pack([[a, b]]))[0, 0]
+    of_a, of_b = occlusion(model, [a, b], text)
+    shorter, without = fall(a[:8], b), fall(a, b[:0])
+    assert min(shorter, without) > 1e-3
+    assert float(of_a[-1].mean() / of_b.mean()) == pytest.approx(shorter / without, rel=1e-3)
 
 
 def test_occlusion_is_the_fall_of_the_cosine():

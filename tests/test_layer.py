@@ -84,6 +84,79 @@ def test_dropout_of_attention_weights_of_dense_input_is_timms():
     assert relative(outs[1], ours.eval()(x)) > 0.01
 
 
+def rope_of(grids, head_dim):
+    """Rotary positions of patches as timm makes them, one grid after the other: ``(T, 2 * head_dim)``."""
+    layers = pytest.importorskip("timm.layers")
+    made = layers.RotaryEmbeddingCat(head_dim, in_pixels=False)
+    return torch.cat([made.get_embed(list(grid)) for grid in grids])
+
+
+def rotary_in_timm(**options):
+    """timm's layer with rotary positions, for two tokens in front that do not turn, and ours with its weights."""
+    layers = pytest.importorskip("timm.layers")
+    theirs = layers.AttentionRope(48, num_heads=3, num_prefix_tokens=2, **options)
+    ours = HierarchicalAttention(48, num_heads=3, qkv_bias=True, **options)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "norm_layer": torch.nn.LayerNorm}], ids=str)
+def test_rotary_positions_are_timms(options):
+    theirs, ours = rotary_in_timm(**options)
+    layout = Layout.from_lengths([12, 12, 12], num_prefix=2)
+    rope = torch.randn(12, 2 * 16).requires_grad_()  # any table: sines of one angle need not be those of its neighbour
+    x = torch.randn(3, 14, 48, requires_grad=True)
+    expected, got = theirs(x, rope), ours(x, rope=rope)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(expected, theirs, got, ours, x)
+    a, b = (torch.autograd.grad(y.square().sum(), rope)[0] for y in (theirs(x, rope), ours(x, rope=rope)))
+    torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+    assert relative(expected, theirs(x)) > 0.01
+    # The same as packed rows: patches first, the tokens that were in front in the tail.
+    rows = torch.cat([x[:, 2:].flatten(0, 1), x[:, :2].flatten(0, 1)])
+    packed = ours(rows, layout, "segment", rope=rope.repeat(3, 1))
+    torch.testing.assert_close(packed[:36].view(3, 12, 48), expected[:, 2:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(packed[36:42].view(3, 2, 48), expected[:, :2], rtol=1e-5, atol=1e-6)
+
+
+def test_rotary_positions_made_by_timm_for_ragged_grids():
+    """Every segment has its own grid; rounding to bfloat16 happens once, after turning in float32."""
+    grids = [(3, 4), (2, 2), (5, 1)]
+    rope = rope_of(grids, 16)
+    theirs, ours = rotary_in_timm()
+    layout = Layout.from_lengths([h * w for h, w in grids], num_prefix=2)
+    x = torch.randn(layout.num_rows, 48)
+    out, first = ours(x, layout, "segment", rope=rope), 0
+    for i, (h, w) in enumerate(grids):
+        prefix = x[layout.num_tokens + 2 * i :][:2]
+        dense = torch.cat([prefix, x[first : first + h * w]])[None]
+        expected = theirs(dense, rope[first : first + h * w])[0, 2:]
+        torch.testing.assert_close(out[first : first + h * w], expected, rtol=1e-5, atol=1e-6)
+        first += h * w
+    with torch.autocast("cpu", torch.bfloat16):
+        half = ours(x, layout, "segment", rope=rope)
+    assert half.dtype == torch.bfloat16 and relative(half, out) < 0.02
+
+
+@pytest.mark.parametrize(
+    "rope, message",
+    [
+        (torch.zeros(10, 16), "a row of 16 .* for each patch .there are 12., got torch.float32 of shape .10, 16."),
+        (torch.zeros(12, 8), "a row of 16 floating-point numbers"),
+        (torch.zeros(12, 16, dtype=torch.int64), "got torch.int64"),
+        (torch.zeros(12, 16, device="meta"), "rope is on meta, the rows are on cpu"),
+    ],
+)  # fmt: skip
+def test_bad_rotary_positions_are_named(rope, message):
+    layer, layout = HierarchicalAttention(16, 2), Layout.from_lengths([7, 5], num_prefix=1)
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(layout.num_rows, 16), layout, "segment", rope=rope)
+    with pytest.raises(ValueError, match="each token, or for the last ones .there are 9."):
+        layer(torch.randn(2, 9, 16), rope=torch.zeros(10, 16))
+    with pytest.raises(ValueError, match="even head dim"):
+        HierarchicalAttention(15, 5)(torch.randn(2, 9, 15), rope=torch.zeros(9, 6))
+
+
 def vit(**options):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -210,10 +283,10 @@ class Two(torch.nn.Module):
         self.a = HierarchicalAttention(32, 2, qkv_bias=True, **options)
         self.b = HierarchicalAttention(32, 2, qkv_bias=True)
 
-    def forward(self, x, layout):
-        x = x + self.a(x, layout, "slice")
+    def forward(self, x, layout, rope):
+        x = x + self.a(x, layout, "slice", rope=rope)
         x = switch_level(x, layout, "slice", "study")
-        x = x + self.b(x, layout, "study")
+        x = x + self.b(x, layout, "study", rope=rope)
         return x, segment_mean(x, layout, "study")
 
 
@@ -226,8 +299,9 @@ BATCHES = [
 ]
 
 
+@pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("options", [{}, {"neighbours": 1, "summary": "study"}], ids=str)
-def test_compiles_whole_and_only_once(options):
+def test_compiles_whole_and_only_once(options, rotary):
     torch._dynamo.reset()
     model = Two(**options)
     counter, once = CompileCounterWithBackend("aot_eager"), None
@@ -236,7 +310,8 @@ def test_compiles_whole_and_only_once(options):
         layout = make(lengths, 2, 16)
         layout.pattern("slice", **options)
         x = torch.randn(layout.num_rows, 32, requires_grad=True)
-        expected, got = model(x * 1, layout), compiled(x * 1, layout)
+        rope = torch.randn(layout.num_tokens, 32) if rotary else None
+        expected, got = model(x * 1, layout, rope), compiled(x * 1, layout, rope)
         for a, b in zip(expected, got, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         a, b = (torch.autograd.grad(sum(t.square().sum() for t in out), x)[0] for out in (expected, got))

@@ -51,7 +51,10 @@ def test_every_variant_at_small_width(name):
         assert relative(encoder(x), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["vit_base_multiscan_h3_token1176", "vit_base_slice_scan_study_dualdinotxt1568"])
+ROTARY = "ablate_rope_vit_base_multiscan_h2_dinotxt1568"
+
+
+@pytest.mark.parametrize("name", ["vit_base_multiscan_h3_token1176", "vit_base_slice_scan_study_dualdinotxt1568", ROTARY])
 def test_gradients_at_small_width(name):
     config = small(VARIANTS[name].encoder)
     encoder = random_weights(HLIPEncoder(config)).eval()
@@ -82,9 +85,10 @@ def test_trailing_slices_are_ignored_in_dense_input():
         assert relative(encoder(x), encoder(x[:, :, :, :-2])) == 0.0
 
 
-def test_a_ragged_batch_equals_its_studies_one_by_one():
+@pytest.mark.parametrize("name", ["vit_base_slice_scan_study_dualdinotxt1568", ROTARY])
+def test_a_ragged_batch_equals_its_studies_one_by_one(name):
     """What the published code cannot express: each study of the batch has its own scans, each scan its own size."""
-    config = small(VARIANTS["vit_base_slice_scan_study_dualdinotxt1568"].encoder)
+    config = small(VARIANTS[name].encoder)
     encoder = random_weights(HLIPEncoder(config)).eval()
     d, h, w = config.patch_size
     sizes = [[(2 * d, h, 2 * w)], [(d, 2 * h, w), (4 * d, h, w), (2 * d, 3 * h, 2 * w)], [(3 * d, 2 * h, 2 * w)] * 2]
@@ -96,6 +100,16 @@ def test_a_ragged_batch_equals_its_studies_one_by_one():
             assert relative(together[i : i + 1], encoder(StudyBatch.pack([scans], **raw))) < 1e-5
         dense = torch.stack(studies[2])[None, :, None]
         assert relative(together[2:], naive_hlip.forward(encoder.state_dict(), config, dense)) < 1e-5
+
+
+def test_rotary_positions_matter():
+    config = small(VARIANTS[ROTARY].encoder)
+    encoder = random_weights(HLIPEncoder(config)).eval()
+    without = HLIPEncoder(replace(config, rotary=False)).eval()
+    without.load_state_dict(encoder.state_dict())  # they are not parameters
+    x = study(config, 1, 2)
+    with torch.no_grad():
+        assert relative(encoder(x), without(x)) > 1e-2
 
 
 def test_scan_order_does_not_matter_without_scan_positions():

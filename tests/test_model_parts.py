@@ -15,8 +15,10 @@ pytest.importorskip("open_clip")
 import hlip
 from hlip.model import VARIANTS, HLIPEncoder, StudyBatch, Tokenizer, load_checkpoint, load_mae, train_tokenizer, variant
 from hlip.model.dropout import draw_kept
-from hlip.model.position import resize_scans, sincos_1d
+from hlip.model.position import resize_scans, rotary_3d, sincos_1d
 from hlip_kernels import Layout
+
+ROTARY = "ablate_rope_vit_base_multiscan_h2_dinotxt1568"
 
 # ------------------------------------------------------------------ names
 
@@ -29,6 +31,7 @@ from hlip_kernels import Layout
         ("ablate_seqposemb_clip_vit_base_multiscan_h2_dualdinotxt1568", "vit_base_scan_study_dualdinotxt1568"),
         ("clip_vit_base_multiscan_h2_token1176", "vit_base_multiscan_h2_token1176"),
         ("hlip-2025_10_08", "ablate_seqposemb_vit_base_multiscan_h2_dinotxt1568"),
+        ("ablate_rope_clip_vit_base_multiscan_h2_dinotxt1568", "ablate_rope_vit_base_multiscan_h2_dinotxt1568"),
     ],
 )
 def test_published_spellings(spelling, key):
@@ -38,8 +41,6 @@ def test_published_spellings(spelling, key):
 def test_unknown_names_list_what_there_is():
     with pytest.raises(ValueError, match="vit_base_scan_study_dualdinotxt1568"):
         variant("vit_huge")
-    with pytest.raises(ValueError, match="rotary"):
-        variant("ablate_rope_vit_base_multiscan_h2_dinotxt1568")
 
 
 def test_state_dict_has_the_published_names_and_shapes():
@@ -207,8 +208,8 @@ def test_patch_dropout_keeps_a_share_of_every_segment(rate, level):
 def test_patch_dropout_shortens_training_and_leaves_evaluation():
     encoder = HLIPEncoder(tiny_variant().encoder, patch_dropout=0.5)
     batch = StudyBatch.pack([scans(4, 7), scans(9)])
-    x, layout = encoder.embed(batch)
-    assert layout.num_tokens == sum(2 * d for d in (2, 4, 5))  # half of the 4 patches of each slice
+    x, layout, rope = encoder.embed(batch)
+    assert rope is None and layout.num_tokens == sum(2 * d for d in (2, 4, 5))  # half of the 4 patches of each slice
     out = encoder(batch)
     assert out.shape == (2, 2, 96) and out.isfinite().all()
     encoder.eval()
@@ -218,8 +219,35 @@ def test_patch_dropout_shortens_training_and_leaves_evaluation():
         HLIPEncoder(tiny_variant().encoder, patch_dropout=1.0)
 
 
-def test_gradient_checkpointing_changes_nothing():
-    encoder = HLIPEncoder(tiny_variant(depth=6).encoder).train()
+def test_patch_dropout_takes_rotary_positions_along():
+    encoder = HLIPEncoder(tiny_variant(ROTARY).encoder, patch_dropout=0.5)
+    batch = StudyBatch.pack([scans(4, 7), scans(9)])
+    layout = encoder.layout(batch)
+    torch.manual_seed(5)
+    kept = draw_kept(layout, "scan", 0.5)
+    torch.manual_seed(5)
+    _, dropped, rope = encoder.embed(batch)
+    encoder.eval()
+    _, whole, every = encoder.embed(batch)
+    assert every.shape == (whole.num_tokens, 2 * 24) and every.dtype == torch.float32
+    assert torch.equal(rope, every[torch.from_numpy(kept)]) and len(rope) == dropped.num_tokens < whole.num_tokens
+    assert encoder.embed(StudyBatch.pack([[torch.zeros(0, 16, 16)]]))[2].shape == (0, 48)
+
+
+@pytest.mark.parametrize("head_dim, channels", [(64, 20), (24, 8), (16, 4)])
+def test_rotary_positions_of_a_scan(head_dim, channels):
+    sines, cosines = rotary_3d((2, 3, 4), head_dim).chunk(2, 1)
+    torch.testing.assert_close(sines**2 + cosines**2, torch.ones(24, head_dim))
+    angles = torch.atan2(sines.double(), cosines.double()).view(2, 3, 4, head_dim)
+    place = angles[1, 2, 3]  # the first pair of each axis turns by the coordinate itself
+    assert [float(place[i * channels]) for i in range(3)] == pytest.approx([1, 2, 3], abs=1e-6)
+    assert float(place[channels - 1]) == pytest.approx(10000 ** -(1 - 2 / channels), rel=1e-5)
+    assert (angles[..., 3 * channels :] == 0).all() and (angles[..., ::2] == angles[..., 1::2]).all()
+
+
+@pytest.mark.parametrize("name", ["vit_base_slice_scan_study_dualdinotxt1568", ROTARY])
+def test_gradient_checkpointing_changes_nothing(name):
+    encoder = HLIPEncoder(tiny_variant(name, depth=6).encoder).train()
     batch = StudyBatch.pack([scans(4, 7), scans(9)])
     trainable = [p for p in encoder.parameters() if p.requires_grad]
     plain = torch.autograd.grad(encoder(batch).square().sum(), trainable)
@@ -297,7 +325,7 @@ def test_patterns_go_to_the_blocks_that_can_have_them(options):
     for fast, true in zip(results["fast"], results["true"], strict=True):
         torch.testing.assert_close(fast, true, rtol=1e-7, atol=1e-9)
     assert not torch.allclose(results["fast"][0], results["plain"][0], rtol=1e-3, atol=1e-4)
-    _, layout = encoder.embed(batch)  # with its patterns, as compiled blocks need
+    layout = encoder.embed(batch)[1]  # with its patterns, as compiled blocks need
     assert ("slice", neighbours, summary) in layout._patterns
 
 

@@ -47,9 +47,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Packed rows ``(R, C)`` with the tail at this block's level -> the same."""
-        x = x + self._drop(self.attn(self.norm1(x), layout, self.level), layout)
+    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
+        """Packed rows ``(R, C)`` with the tail at this block's level -> the same; ``rope`` as the attention layer takes it."""
+        x = x + self._drop(self.attn(self.norm1(x), layout, self.level, rope=rope), layout)
         return x + self._drop(self.mlp(self.norm2(x)), layout)
 
     def _drop(self, branch: Tensor, layout: Layout) -> Tensor:

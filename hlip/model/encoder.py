@@ -5,6 +5,8 @@ Parameter names are those of the published checkpoints (timm's ViT plus ``spatia
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from hlip_kernels.options import options_by_level
 from .batch import StudyBatch
 from .block import Block
 from .dropout import draw_kept
-from .position import resize_scans, resize_spatial, sincos_1d, spatial_table
+from .position import Grid, resize_scans, resize_spatial, rotary_3d, sincos_1d, spatial_table
 from .variants import Encoder
 
 # Rows are rounded up to a multiple of this: whole tiles for the tensor cores.
@@ -66,6 +68,7 @@ class HLIPEncoder(nn.Module):
         self.grad_checkpointing = False
         self.num_prefix = len(config.prefix)
         dim = config.width
+        self.head_dim = dim // config.heads
         self.num_features = dim * (2 if config.pool == "dinotxt" else 1)
 
         self.patch_embed = PatchEmbedding(config.patch_size, dim)
@@ -110,8 +113,13 @@ class HLIPEncoder(nn.Module):
         """Patch tokens of a batch before patch dropout."""
         return sum(d * h * w for d, h, w in patch_grids(batch.scan_shapes, self.config.patch_size, edge=batch.edge))
 
-    def embed(self, batch: StudyBatch) -> tuple[Tensor, Layout]:
-        """Patches, positions, patch dropout and prefix tokens: packed rows ``(R, C)`` at the first block's level."""
+    def embed(self, batch: StudyBatch) -> tuple[Tensor, Layout, Tensor | None]:
+        """Patches, positions, patch dropout and prefix tokens.
+
+        Returns:
+            Packed rows ``(R, C)`` at the first block's level, their layout, and the rotary positions of its patch rows for all
+            blocks: ``(T, 2 * head_dim)`` float32, or None for a model without.
+        """
         full = layout = self.layout(batch)
         device, keep = layout.device, None
         if self.training and self.patch_dropout > 0.0:
@@ -135,25 +143,33 @@ class HLIPEncoder(nn.Module):
             layout.pattern(block.level, neighbours=block.attn.neighbours, summary=block.attn.summary)
         # Under autocast the residual stream stays in the dtype of the weights, as in the published training.
         x = self.patch_embed(rows) + self._positions(full, keep).to(dtype)
-        return torch.cat([x, self.prefix(layout)]), layout
+        rope = None
+        if self.config.rotary:
+            rope = self._in_scan(full, keep, lambda grid: rotary_3d(grid, self.head_dim).to(x.device))
+        return torch.cat([x, self.prefix(layout)]), layout, rope
 
     def _positions(self, layout: Layout, keep: Tensor | None) -> Tensor:
         """Position embedding of every (kept) patch row, ``(T, C)`` float32."""
-        device = self.spatial_posemb.device
+        rows = self._in_scan(layout, keep, lambda grid: resize_spatial(self.spatial_posemb, grid))
+        if self.sequential_posemb is not None and layout.num_tokens:
+            order, per_scan = self._scan_positions(layout)
+            rows = rows + order.index_select(0, self._select(per_scan, keep, rows.device))
+        return rows
+
+    def _in_scan(self, layout: Layout, keep: Tensor | None, table_of: Callable[[Grid], Tensor]) -> Tensor:
+        """What ``table_of`` a scan's grid (a row for each patch) says of every (kept) patch row.
+
+        Each distinct grid's table is made once; patch rows then look up their place in the joined tables.
+        """
         scans = [grid for study in layout.grids for grid in study]
-        # Each distinct grid is resized once; patch rows then look up their place in the joined tables.
         distinct = sorted({grid for grid in scans if min(grid) > 0})
         if not distinct:
-            return self.spatial_posemb.new_zeros((0, self.config.width))
+            return table_of((1, 1, 1))[:0]
         sizes = [int(np.prod(grid)) for grid in distinct]
         first = dict(zip(distinct, np.cumsum([0, *sizes[:-1]]), strict=True))
-        table = torch.cat([resize_spatial(self.spatial_posemb, grid) for grid in distinct])
+        table = torch.cat([table_of(grid) for grid in distinct])
         index = np.concatenate([np.arange(int(np.prod(g))) + first.get(g, 0) for g in scans])
-        rows = table.index_select(0, self._select(index, keep, device))
-        if self.sequential_posemb is not None:
-            order, per_scan = self._scan_positions(layout)
-            rows = rows + order.index_select(0, self._select(per_scan, keep, device))
-        return rows
+        return table.index_select(0, self._select(index, keep, table.device))
 
     def _scan_positions(self, layout: Layout) -> tuple[Tensor, np.ndarray]:
         """The table of scan positions ``(N, C)`` of a batch, and each patch row's entry.
@@ -181,14 +197,14 @@ class HLIPEncoder(nn.Module):
         dead = layout.num_rows - layout.num_tokens - live * self.num_prefix
         return torch.cat([tokens.repeat(live, 1), tokens.new_zeros((dead, tokens.shape[1]))])
 
-    def run_blocks(self, x: Tensor, layout: Layout) -> Tensor:
-        """All blocks over packed rows ``(R, C)``; the tail comes back at study level. This part compiles."""
+    def run_blocks(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
+        """All blocks over what :meth:`embed` gave; the tail comes back at study level. This part compiles."""
         levels = [*self.config.levels, "study"]
         for block, following in zip(self.blocks, levels[1:], strict=True):
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, layout, use_reentrant=False)
+                x = checkpoint(block, x, layout, rope, use_reentrant=False)
             else:
-                x = block(x, layout)
+                x = block(x, layout, rope)
             switch_level(x, layout, block.level, following)
         return x
 
@@ -196,8 +212,8 @@ class HLIPEncoder(nn.Module):
         """Normalised packed rows ``(R, C)`` at study level, and their layout."""
         if isinstance(batch, Tensor):
             batch = StudyBatch.from_dense(batch)
-        x, layout = self.embed(batch)
-        return self.norm(self.run_blocks(x, layout)), layout
+        x, layout, rope = self.embed(batch)
+        return self.norm(self.run_blocks(x, layout, rope)), layout
 
     def pool(self, x: Tensor, layout: Layout) -> Tensor:
         """``(B, P, C)``, or ``(B, P, 2C)`` with the mean of the patch tokens appended (the dino.txt head)."""

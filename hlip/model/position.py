@@ -38,6 +38,20 @@ def sincos_3d(grid: Grid, dim: int) -> Tensor:
     return torch.cat([w, h, d], dim=3)
 
 
+def rotary_3d(grid: Grid, head_dim: int) -> Tensor:
+    """Rotary positions ``(d * h * w, 2 * head_dim)`` of a scan's patches, as the attention layer takes them.
+
+    As in V-JEPA 2 (arXiv 2506.09985): a third of a head's channels, or just less to make them even, for each of depth, row and
+    column; a pair of them turns by ``position / 10000^(2i/channels)``. The channels that are left do not turn.
+    """
+    channels = 2 * (head_dim // 3 // 2)
+    omega = 1.0 / 10000 ** (torch.arange(channels // 2, dtype=torch.float64) / (channels / 2))
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).view(-1, 3)
+    angles = (places[:, :, None] * omega).flatten(1).repeat_interleave(2, dim=1)  # (d * h * w, 3 * channels)
+    angles = F.pad(angles, (0, head_dim - angles.shape[1]))
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
 def spatial_table(grid: Grid, dim: int, kind: str) -> Tensor:
     """A fresh table ``(1, d, h, w, dim)`` of the kind a variant names: ``"3d"`` or ``"1d+2d"``."""
     if kind == "3d":

@@ -24,6 +24,7 @@ class Encoder:
         max_scans: entries of the table of scan positions; 0 for none.
         positions: how a fresh table of spatial positions is made: ``"3d"`` (a third of the channels per axis) or
             ``"1d+2d"`` (all channels for depth, plus all channels for the plane).
+        rotary: queries and keys are also turned by the patch's place in its scan (:func:`hlip.model.position.rotary_3d`).
         drop_path: rate of the last block; grows linearly from 0.
     """
 
@@ -37,6 +38,7 @@ class Encoder:
     pool: str = "cls"
     max_scans: int = 0
     positions: str = "1d+2d"
+    rotary: bool = False
     drop_path: float = 0.2
 
     @property
@@ -91,6 +93,7 @@ VARIANTS: dict[str, Variant] = {
     "vit_base_multiscan_h2_token1568": Variant(replace(_ABLATION, pool="cls"), 512, token_axis=True),
     "vit_base_multiscan_h2_dinotxt1568": Variant(_ABLATION, 768, token_axis=True),
     "ablate_seqposemb_vit_base_multiscan_h2_dinotxt1568": Variant(_V2, 768, token_axis=True),
+    "ablate_rope_vit_base_multiscan_h2_dinotxt1568": Variant(replace(_V2, rotary=True), 768, token_axis=True),
     # 2026
     "vit_base_slice_scan_token2744": Variant(
         replace(_CHEST, positions="1d+2d"), 512, token_axis=True, text_model=CXRBERT, context_length=512
@@ -126,9 +129,9 @@ def canonical_name(name: str) -> str:
         ValueError: no such model; the message lists them.
     """
     short = name.rsplit("/", 1)[-1].replace("-", "_")
-    if "_rope_" in short or "rope" in short.split("_"):
-        raise ValueError(f"{name!r}: the rotary-position ablation is not supported; it gained nothing in its authors' tests")
-    short = short.replace("ablate_seqposemb_clip_", "ablate_seqposemb_").removeprefix("clip_")
+    for ablation in ("ablate_seqposemb_", "ablate_rope_"):
+        short = short.replace(f"{ablation}clip_", ablation)
+    short = short.removeprefix("clip_")
     short = _ALIASES.get(short, short)
     if short not in VARIANTS:
         raise ValueError(f"no model {name!r}; there are:\n  " + "\n  ".join(VARIANTS))
