@@ -3,9 +3,10 @@
     python -m hlip_kernels.resources                     # every kernel, dtype, head dim, architecture
     python -m hlip_kernels.resources --arch sm_90 --head-dim 64
     python -m hlip_kernels.resources --csv tests/codegen/triton-3.9.csv    # what the tests compare with
+    python -m hlip_kernels.resources --known tests/codegen/triton-3.9.csv  # compiles what is not, or no longer, in there
 
 Needs no GPU: kernels are compiled for a named target, and the figures are read out of the machine code with the tools
-that triton ships.
+that triton ships. The same compiler makes the same of the same, so a row also says what it was made of (``source``).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
 from .backends.triton.config import KERNELS, Config, config_for
+from .compilation import Compilation, found
 from .machine_code import innermost_loops, parse
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
@@ -75,6 +77,7 @@ class Resources:
         matrix_instructions, matrix_kind: how many there are, and which; ``HGMMA`` is Hopper's warpgroup MMA, ``HMMA`` that
             of one warp.
         instructions, exponentials: of a thread, in the loop over whole tiles of patch rows.
+        source: the digest of what this was compiled from and with; see :meth:`hlip_kernels.compilation.Compilation.digest`.
     """
 
     kernel: str
@@ -93,6 +96,7 @@ class Resources:
     matrix_kind: str
     instructions: int
     exponentials: int
+    source: str
 
     def a_logit(self, count: int) -> float:
         """``count`` instructions of a thread and step, as instructions for each logit of a tile; 0 where there are none.
@@ -103,13 +107,12 @@ class Resources:
         return count * threads / max(self.block_m * self.block_n, 1)
 
 
-def compile_kernel(kernel: str, kind: str, head_dim: int, arch: str, config: Config | None = None) -> Resources:
-    """Compiles one kernel for one of :data:`KINDS` and :data:`ARCHITECTURES` and reads its figures.
+def compilation(kernel: str, kind: str, head_dim: int, arch: str, config: Config | None = None) -> tuple[Config, Compilation]:
+    """How one kernel is compiled for one of :data:`KINDS` and :data:`ARCHITECTURES`, and with which tiles.
 
     Raises:
         ValueError: the kernel is not used there (the table has no tiles for it), and no ``config`` was given.
     """
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -143,12 +146,26 @@ def compile_kernel(kernel: str, kind: str, head_dim: int, arch: str, config: Con
         stride = name.endswith(("_row", "_head")) and not name.startswith("dlse") and head_dim % 16 == 0
         if signature[name].startswith("*") or stride:
             attributes[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
+    return config, Compilation(
+        ASTSource(function, signature, constants, attributes),
+        GPUTarget(target.backend, target.arch, target.warp_size),
+        {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
     )
+
+
+def compile_kernel(
+    kernel: str, kind: str, head_dim: int, arch: str, config: Config | None = None, known: Iterable[Resources] = ()
+) -> Resources:
+    """Compiles one kernel and reads its figures; arguments and errors are those of :func:`compilation`.
+
+    Args:
+        known: rows from before. If one of them was made of the same source, with the same compiler, it is the result.
+    """
+    config, made = compilation(kernel, kind, head_dim, arch, config)
+    target, digest = ARCHITECTURES[arch], made.digest()
+    if row := found(known, digest, kernel=kernel, dtype=kind, head_dim=head_dim, arch=arch):
+        return row
+    compiled = made.run()
     read = _read_cubin if target.backend == "cuda" else _read_amdgcn
     registers, spills, code = read(compiled.asm["cubin" if target.backend == "cuda" else "amdgcn"])
     matrix = re.findall(target.matrix, code)
@@ -158,7 +175,7 @@ def compile_kernel(kernel: str, kind: str, head_dim: int, arch: str, config: Con
         kernel, kind, head_dim, arch,
         config.block_m, config.block_n, "+".join(str(c) for c in config.columns if c), config.num_warps, config.num_stages,
         registers, compiled.metadata.shared, spills, len(matrix), "+".join(sorted(set(matrix))),
-        len(loop), sum(i.kind == "exp2" for i in loop),
+        len(loop), sum(i.kind == "exp2" for i in loop), digest,
     )  # fmt: skip
 
 
@@ -244,11 +261,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--head-dim", nargs="+", type=int)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--csv", type=Path, help="also write the rows here")
+    parser.add_argument("--known", type=Path, help="rows of this file stand where what they were made of is the same")
+    parser.add_argument("--anew", nargs="+", type=int, default=[], help="head dims that are compiled all the same")
     args = parser.parse_args(argv)
-    rows = []
+    rows, known = [], read_rows(args.known) if args.known else []
     print("kernel                   dtype    D    arch    tile     columns warps stages  regs  shared  spill  a logit  matrix")
     for combination in shipped(args.arch, args.dtype, args.head_dim, args.kernel):
-        r = compile_kernel(*combination)
+        r = compile_kernel(*combination, known=[] if combination[2] in args.anew else known)
         rows.append(r)
         print(
             f"{r.kernel:24} {r.dtype:8} {r.head_dim:<4} {r.arch:7} {r.block_m:>3}x{r.block_n:<4} {r.columns:>7} "

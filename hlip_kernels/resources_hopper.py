@@ -2,6 +2,7 @@
 
     python -m hlip_kernels.resources_hopper
     python -m hlip_kernels.resources_hopper --csv tests/codegen/hopper-3.8.csv    # what the tests compare with
+    python -m hlip_kernels.resources_hopper --known tests/codegen/hopper-3.8.csv  # compiles what is not, or no longer, in there
 
 Needs no GPU: kernels are compiled for sm_90a and read as machine code, with the tools that triton ships. ptxas decides
 the order of instructions, and what was written to go on at once may not; so each loop that multiplies is followed through:
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,8 +23,9 @@ import torch
 
 from .backends.hopper import constants_of
 from .backends.hopper.config import HEAD_DIMS, KERNELS, WHOLE, Config
+from .compilation import Compilation, found
 from .machine_code import Instruction, innermost_loops, parse
-from .resources import argument_type, run_tool, usage_of, write_rows
+from .resources import argument_type, read_rows, run_tool, usage_of, write_rows
 
 SHARED_MEMORY = 232448  # bytes that one program may use
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -49,6 +51,7 @@ class HopperResources:
         exponentials: instructions in those loops. overlapped: those with a product in flight.
         unsynchronised: arrivals at a barrier, and products, that a warp may reach before the others' loads, stores and waits.
         order: of the first such loop that has exponentials.
+        source: the digest of what this was compiled from and with; see :meth:`hlip_kernels.compilation.Compilation.digest`.
     """
 
     kernel: str
@@ -72,15 +75,17 @@ class HopperResources:
     overlapped: int
     unsynchronised: int
     order: str
+    source: str
 
 
-def compile_kernel(kernel: str, dtype: str, head_dim: int, variant: dict | None = None, config: Config | None = None):
-    """Compiles one kernel for sm_90a: triton's compiled kernel, whose ``asm`` has the PTX and the cubin.
+def compilation(
+    kernel: str, dtype: str, head_dim: int, variant: dict | None = None, config: Config | None = None
+) -> Compilation:
+    """How one kernel is compiled for sm_90a; :meth:`Compilation.run` gives its PTX and its cubin.
 
     Raises:
         RuntimeError: triton's interpreter is on.
     """
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -112,13 +117,23 @@ def compile_kernel(kernel: str, dtype: str, head_dim: int, variant: dict | None 
     options = {"num_warps": 4, "maxnreg": config.max_registers, "enable_fp_fusion": True}
     options["launch_cooperative_grid"] = bool(variant.get("ORDERED"))
     source = GluonASTSource(function, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return Compilation(source, GPUTarget("cuda", 90, 32), options)
 
 
-def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None = None) -> HopperResources:
-    """Compiles one kernel and reads its figures."""
-    config = KERNELS[kernel][head_dim]
-    compiled = compile_kernel(kernel, dtype, head_dim, variant)
+def read_resources(
+    kernel: str, dtype: str, head_dim: int, variant: dict | None = None, known: Iterable[HopperResources] = ()
+) -> HopperResources:
+    """Compiles one kernel and reads its figures.
+
+    Args:
+        known: rows from before. If one of them was made of the same source, with the same compiler, it is the result.
+    """
+    config, name = KERNELS[kernel][head_dim], " ".join(f"{k}={v}" for k, v in (variant or {}).items())
+    made = compilation(kernel, dtype, head_dim, variant)
+    digest = made.digest()
+    if row := found(known, digest, kernel=kernel, dtype=dtype, head_dim=head_dim, variant=name):
+        return row
+    compiled = made.run()
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(compiled.asm["ptx"])
@@ -128,11 +143,11 @@ def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None 
         said = run_tool("ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder, "again.cubin"))
     code = [i for block in blocks for i in block.instructions]
     loops = innermost_loops(blocks, "product")
-    found = [in_flight(loop) for loop in loops]
-    with_exponentials = [loop for loop, (exponentials, _) in zip(loops, found, strict=True) if exponentials]
-    without = [loop for loop, (exponentials, _) in zip(loops, found, strict=True) if not exponentials]
+    flying = [in_flight(loop) for loop in loops]
+    with_exponentials = [loop for loop, (exponentials, _) in zip(loops, flying, strict=True) if exponentials]
+    without = [loop for loop, (exponentials, _) in zip(loops, flying, strict=True) if not exponentials]
     return HopperResources(
-        kernel, " ".join(f"{k}={v}" for k, v in (variant or {}).items()), dtype, head_dim,
+        kernel, name, dtype, head_dim,
         config.consumers, config.block, config.stages,
         registers=registers, shared_memory=compiled.metadata.shared, spill_bytes=spilled,
         loop_spills=sum(map(_spills, with_exponentials)),
@@ -142,10 +157,11 @@ def read_resources(kernel: str, dtype: str, head_dim: int, variant: dict | None 
         products=sum(i.kind == "product" for i in code),
         tma_loads=sum(i.name.startswith("UTMALDG") for i in code),
         serialized=int("serializ" in (said.stdout + said.stderr).lower()),
-        exponentials=sum(exponentials for exponentials, _ in found),
-        overlapped=sum(overlapped for _, overlapped in found),
+        exponentials=sum(exponentials for exponentials, _ in flying),
+        overlapped=sum(overlapped for _, overlapped in flying),
         unsynchronised=unsynchronised(code, kernel not in WHOLE),
         order=order_of(with_exponentials[0]) if with_exponentials else "",
+        source=digest,
     )  # fmt: skip
 
 
@@ -214,10 +230,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
     parser.add_argument("--csv", type=Path, help="also write the rows here")
+    parser.add_argument("--known", type=Path, help="rows of this file stand where what they were made of is the same")
     args = parser.parse_args(argv)
-    rows = []
+    rows, known = [], read_rows(args.known, HopperResources) if args.known else []
     for combination in shipped(args.dtype, args.head_dim):
-        r = read_resources(*combination)
+        r = read_resources(*combination, known=known)
         rows.append(r)
         print(
             f"{r.kernel} {r.variant} {r.dtype} D={r.head_dim}: {r.consumers} consumers, {r.stages} tiles of {r.block}\n"

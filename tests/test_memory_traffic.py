@@ -6,7 +6,7 @@ import torch
 from emulated_attention import plan_of
 from ptx.counts import counting
 from ptx.extension import CompiledCudaBackend, extension
-from ptx.extension_build import cuda_resources
+from ptx.extension_build import cuda_toolkit
 from test_compiled_extension import CAPABILITIES
 
 from hlip_kernels.backends.base import Numerics
@@ -68,7 +68,7 @@ def test_whole_segments(way):
 def test_instructions_of_a_published_slice(halves, most_forward, most_backward):
     """PTX instructions of warps, a segment and head: machine code has fewer, and follows them. Code that decides for every
     logit whether it counts took 39,500 and 90,800."""
-    nvcc = cuda_resources.nvcc_version()
+    nvcc = cuda_toolkit.nvcc_version()
     if nvcc != COUNTED_WITH:
         pytest.skip(f"the limits are of nvcc {COUNTED_WITH}, this is {nvcc}")
     forward, backward, *_ = counted(SLICE, 2, 64, CompiledCudaBackend(halves=halves))

@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from cuda_resources import ToolError, find_nvcc  # noqa: E402
+from cuda_toolkit import ToolError, find_nvcc  # noqa: E402
 
 filelock = pytest.importorskip("filelock")  # torch needs it too
 

@@ -3,6 +3,7 @@
     python tools/cuda_resources.py                              # every head dim and architecture
     python tools/cuda_resources.py --arch sm_90 --head-dim 64
     python tools/cuda_resources.py --csv tests/codegen/short_attention.csv    # what the tests compare with
+    python tools/cuda_resources.py --known tests/codegen/short_attention.csv  # compiles nothing if no source has changed since
 
 Needs csrc/, nvcc and a compiler for C++, but no GPU. Figures are read out of the machine code with cuobjdump and nvdisasm, of
 the CUDA toolkit or of triton, which ships them. ``hlip_kernels.resources`` does the same for the Triton kernels.
@@ -14,9 +15,6 @@ import argparse
 import csv
 import functools
 import os
-import re
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -24,20 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from cuda_machine_code import RESERVED_SHARED_MEMORY, parse_name, read_cubin
+from cuda_toolkit import CSRC, SOURCE, ToolError, compile_cubin, find_nvcc, nvcc_version, run, source_digest, why_not
+
 from hlip_kernels.backends import cuda_whole
 from hlip_kernels.backends.cuda import HEAD_DIMS, SHARED_MEMORY, max_rows
 from hlip_kernels.packs import PACK_ROWS
 
-ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
-SOURCE = CSRC / "short_attention" / "launch.cu"
-# Those of CMakeLists.txt's Release build that reach the device code, so that what is looked at is what is shipped.
-FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
 SLICE_ROWS = 14 * 14 + 2  # patches and prefix rows of a slice of the published models
-
-
-class ToolError(RuntimeError):
-    """Something that is needed is not there, or does not do what is asked of it; says what to do."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,6 @@ ARCHITECTURES = {
     "sm_120": Architecture((12, 0), 100 << 10, 48, 24),
 }
 MOST_REGISTERS = 255  # of one thread
-RESERVED_SHARED_MEMORY = 1024  # of each block, by the system, from sm_80 on
 
 
 @dataclass(frozen=True)
@@ -87,6 +78,7 @@ class Resources:
         rows, shared, blocks, warps: the largest pack it may be launched with here, the bytes of shared memory that takes, and
             how many blocks and warps of it fit a multiprocessor. 0: it never runs here, as segments that long do not fit.
         slice_shared, slice_blocks, slice_warps: the same for a published slice; 0: such a slice does not come to this kernel.
+        source: the digest of what this was compiled from and with (:func:`cuda_toolkit.source_digest`).
     """
 
     nvcc: str
@@ -112,62 +104,7 @@ class Resources:
     slice_shared: int
     slice_blocks: int
     slice_warps: int
-
-
-# ---------------------------------------------------------------- tools
-
-
-def find_nvcc() -> str:
-    """Path of nvcc, found where setup.py finds it."""
-    candidates = [shutil.which("nvcc")]
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        if home:
-            candidates.append(str(Path(home) / "bin" / "nvcc"))
-    found = next((c for c in candidates if c and os.access(c, os.X_OK)), None)
-    if found is None:
-        raise ToolError("nvcc was not found: install a CUDA toolkit, and put it on PATH or name it in CUDA_HOME")
-    return found
-
-
-@functools.cache
-def find_binary(name: str) -> str:
-    """Path of one of the CUDA binaries: of the toolkit, else of triton."""
-    places = [Path(find_nvcc()).resolve().parent]
-    try:
-        import triton
-    except ImportError:
-        pass
-    else:
-        places.append(Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
-    found = next((str(p / name) for p in places if os.access(p / name, os.X_OK)), None) or shutil.which(name)
-    if found is None:
-        raise ToolError(f"{name} was not found: it comes with a whole CUDA toolkit, and with triton (pip install triton)")
-    return found
-
-
-def run(*command, stdin: str | None = None) -> str:
-    """What a command prints; what it says when it fails becomes the error."""
-    done = subprocess.run([str(c) for c in command], input=stdin, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise ToolError(f"{' '.join(map(str, command))} failed:\n{done.stderr[-4000:]}")
-    return done.stdout
-
-
-@functools.cache
-def nvcc_version() -> str:
-    """major.minor of nvcc."""
-    text = run(find_nvcc(), "--version")
-    found = re.search(r"release (\d+\.\d+)", text)
-    if found is None:
-        raise ToolError(f"{find_nvcc()} --version does not name a release: {text}")
-    return found.group(1)
-
-
-def why_not(arch: str) -> str:
-    """Why nvcc cannot compile for an architecture, or ``""``."""
-    if arch in run(find_nvcc(), "--list-gpu-code").split():
-        return ""
-    return f"nvcc {nvcc_version()} does not know {arch}: it takes a newer one"
+    source: str
 
 
 # ---------------------------------------------------------------- what a launch needs
@@ -284,85 +221,6 @@ def _shared(row: dict, rows: int) -> int:
     return shared_bytes()[way, row["head_dim"], rows]
 
 
-# ---------------------------------------------------------------- machine code
-
-
-@dataclass(frozen=True)
-class Code:
-    """What a cubin says of one kernel (see :class:`Resources`)."""
-
-    threads: int
-    registers: int
-    stack: int
-    local_loads: int
-    local_stores: int
-    static_shared: int
-    products: int
-    matrix_loads: int
-    exponentials: int
-
-
-def read_cubin(path: Path, arch: str) -> dict[str, Code]:
-    """Mangled name -> figures, of every kernel in a cubin."""
-    usage = run(find_binary("cuobjdump"), "--dump-resource-usage", path)
-    elf = run(find_binary("cuobjdump"), "--dump-elf", path)
-    sass = run(find_binary("nvdisasm"), "-c", path)
-    # From sm_90 on, what the system keeps is counted as the kernel's.
-    reserved = RESERVED_SHARED_MEMORY if ARCHITECTURES[arch].capability >= (9, 0) else 0
-    threads = {}
-    for section in re.split(r"^\.nv\.info\.", elf, flags=re.M)[1:]:
-        bounds = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\S+\s+Value:\s+0x([0-9a-f]+) 0x([0-9a-f]+) 0x([0-9a-f]+)", section)
-        if bounds:
-            x, y, z = (int(b, 16) for b in bounds.groups())
-            threads[section.split(None, 1)[0]] = x * y * z
-    code = dict(re.findall(r"^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", sass, flags=re.M | re.S))
-    kernels = {}
-    for name, line in re.findall(r"Function (\S+):\n\s*(.*)", usage):
-        number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-        instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code[name], flags=re.M)
-        if not instructions:
-            raise ToolError(f"no instructions of {name} found in what nvdisasm prints: read_cubin has to learn its new form")
-        if name not in threads:
-            raise ToolError(f"{name} does not say how many threads a block has: give it __launch_bounds__")
-
-        def count(pattern, instructions=instructions):
-            return sum(re.match(pattern, i) is not None for i in instructions)
-
-        kernels[name] = Code(
-            threads=threads[name],
-            registers=number["REG"],
-            stack=number["STACK"] + number["LOCAL"],
-            local_loads=count(r"LDL\b"),
-            local_stores=count(r"STL\b"),
-            static_shared=number["SHARED"] - reserved,
-            products=count(r"HMMA\b"),
-            matrix_loads=count(r"LDSM\b"),
-            exponentials=count(r"MUFU\.EX2\b"),
-        )
-    return kernels
-
-
-def parse_name(mangled: str) -> tuple[str, str, int, int, int]:
-    """(kernel, dtype, head dim, keys, step) of a mangled name: element type and head dim come first, then a forward kernel's
-    keys, or the warps of one for whole segments, which keep 32 rows each, and its step."""
-    found = re.match(r"_ZN4hlip\d+(short_attention_[a-z_]+)I(6__half|13__nv_bfloat16)((?:L[a-z]\d+E)+)E", mangled)
-    if found is None:
-        raise ToolError(f"{mangled} is not a name of csrc/short_attention as it was: parse_name has to learn it")
-    kernel, element, numbers = found.groups()
-    values = [int(v) for v in re.findall(r"L[a-z](\d+)E", numbers)]
-    keys = values[1] * {"forward": 1, "whole_backward": 32}.get(kernel.removeprefix("short_attention_"), 0)
-    step = values[2] if kernel.endswith("whole_backward") else 0
-    return kernel, {"6__half": "float16", "13__nv_bfloat16": "bfloat16"}[element], values[0], keys, step
-
-
-def compile_cubin(source: Path, arch: str, output: Path, *flags: str) -> Path:
-    """Compiles one source to machine code of one architecture."""
-    number = arch.removeprefix("sm_")
-    gencode = f"arch=compute_{number},code={arch}"
-    run(find_nvcc(), *FLAGS, *flags, "-I", CSRC, "-cubin", "-gencode", gencode, "-o", output, source)
-    return output
-
-
 def compile_kernels(head_dim: int, arch: str) -> list[Resources]:
     """Compiles all kernels of one head dim for one architecture and reads their figures."""
     reason = why_not(arch)
@@ -375,18 +233,27 @@ def compile_kernels(head_dim: int, arch: str) -> list[Resources]:
         kernel, dtype, of_name, keys, step = parse_name(mangled)
         assert of_name == head_dim, mangled
         named = {"nvcc": nvcc_version(), "kernel": kernel, "dtype": dtype, "head_dim": head_dim, "keys": keys, "step": step}
-        rows.append(named | {"arch": arch} | asdict(figures))
+        rows.append(named | {"arch": arch, "source": source_digest()} | asdict(figures))
     rooms = {row["keys"] for row in rows if row["kernel"].endswith("forward")}
     made = [with_launches(row, rooms) for row in rows]
     return sorted(made, key=lambda r: (r.dtype, r.kernel, r.keys, r.step))
 
 
-def compile_all(archs: Iterable[str], head_dims: Iterable[int], jobs: int) -> Iterator[Resources]:
-    """Yields the :class:`Resources` of every combination."""
+def compile_all(
+    archs: Iterable[str], head_dims: Iterable[int], jobs: int, known: Iterable[Resources] = (), anew: Iterable[int] = ()
+) -> Iterator[Resources]:
+    """Yields the :class:`Resources` of every combination.
+
+    Args:
+        known: rows from before, which stand if they were made of the same source with the same compiler. anew: head dims that
+            are compiled all the same.
+    """
     shared_bytes()  # once, before threads ask for it
+    source_digest()
     pairs = [(head_dim, arch) for arch in archs for head_dim in head_dims]
+    stand = {pair: [r for r in known if (r.head_dim, r.arch) == pair and r.source == source_digest()] for pair in pairs}
     with ThreadPoolExecutor(jobs) as pool:
-        for rows in pool.map(lambda pair: compile_kernels(*pair), pairs):
+        for rows in pool.map(lambda pair: (pair[0] not in anew and stand[pair]) or compile_kernels(*pair), pairs):
             yield from rows
 
 
@@ -416,7 +283,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers to run at once")
     parser.add_argument("--csv", type=Path, help="also write the rows here, in place of what is there")
+    parser.add_argument("--known", type=Path, help="rows of this file stand if no source has changed since")
+    parser.add_argument("--anew", nargs="+", type=int, default=[], help="head dims that are compiled all the same")
     args = parser.parse_args(argv)
+    known = read_rows(args.known) if args.known else []
     print(
         "spills: bytes of local memory, loads, stores. largest: rows and shared bytes of the largest pack, and the blocks and"
     )
@@ -429,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     rows = []
     try:
-        for r in compile_all(args.arch, args.head_dim, args.jobs):
+        for r in compile_all(args.arch, args.head_dim, args.jobs, known, args.anew):
             rows.append(r)
             print(_line(r), flush=True)
     except ToolError as error:

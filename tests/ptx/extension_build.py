@@ -31,7 +31,7 @@ CSRC = ROOT / "csrc"
 RUNTIME = Path(__file__).with_name("runtime.cpp")
 sys.path.insert(0, str(ROOT / "tools"))
 
-import cuda_resources  # noqa: E402
+import cuda_toolkit  # noqa: E402
 
 # Those of CMakeLists.txt's Release build.
 RELEASE = ("-std=c++17", "-O3", "-DNDEBUG")
@@ -47,8 +47,8 @@ JOBS = 2
 def nvcc() -> str:
     """Path of nvcc; skips where there is none."""
     try:
-        return cuda_resources.find_nvcc()
-    except cuda_resources.ToolError as error:
+        return cuda_toolkit.find_nvcc()
+    except cuda_toolkit.ToolError as error:
         pytest.skip(str(error))
 
 
@@ -124,7 +124,7 @@ def _commands(arch: str) -> list[list[str]]:
     host = [_host_compiler(), "-std=c++17", "-O1", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
     # pybind11 keeps one list of types for all modules that agree in this name: two builds must not meet there.
     own = f'-DPYBIND11_COMPILER_TYPE="_hlip_compiled_{arch}"'
-    named = [f'-DHLIP_ARCHITECTURES="{arch}"', f'-DHLIP_NVCC_VERSION="{cuda_resources.nvcc_version()}"']
+    named = [f'-DHLIP_ARCHITECTURES="{arch}"', f'-DHLIP_NVCC_VERSION="{cuda_toolkit.nvcc_version()}"']
     launch = str(CSRC / "short_attention" / "launch.cu")
     return [
         [*host, *_includes(), own, *named, str(CSRC / "bindings.cpp")],

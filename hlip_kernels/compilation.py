@@ -1,0 +1,47 @@
+"""One kernel as Triton is to compile it, and what tells whether it would make the same of it as before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What ``triton.compile`` takes, for one kernel."""
+
+    source: object
+    target: object
+    options: dict
+
+    def run(self):
+        """triton's ``CompiledKernel``."""
+        import triton
+
+        return triton.compile(self.source, target=self.target, options=self.options)
+
+    def digest(self) -> str:
+        """Of all that the machine code follows from: triton's first intermediate representation (which knows nothing of names
+        of files, lines and comments), the options, and the versions of triton and of the assembler. 16 hexadecimal digits.
+        """
+        import triton
+        from triton._C.libtriton import get_cache_invalidating_env_vars, ir
+        from triton.compiler.compiler import make_backend
+
+        backend = make_backend(self.target)
+        options = backend.parse_options({**self.options, **self.source.parse_options()})
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        made = self.source.make_ir(
+            self.target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+        )
+        environment = sorted(get_cache_invalidating_env_vars().items())
+        parts = (triton.__version__, backend.hash(), self.target, sorted(self.options.items()), environment, made.str_nodebug())
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def found(rows: Iterable, digest: str, **names):
+    """The first of ``rows`` that has these names and was made of the source of this digest (its field ``source``), or None."""
+    return next((r for r in rows if r.source == digest and all(getattr(r, k) == v for k, v in names.items())), None)

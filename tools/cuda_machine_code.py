@@ -1,0 +1,79 @@
+"""Takes the machine code of our CUDA kernels apart: what each needs, and its instructions, counted by kind."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cuda_toolkit import ToolError, find_binary, run
+
+RESERVED_SHARED_MEMORY = 1024  # of each block, by the system, from sm_80 on
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a cubin says of one kernel (see :class:`cuda_resources.Resources`)."""
+
+    threads: int
+    registers: int
+    stack: int
+    local_loads: int
+    local_stores: int
+    static_shared: int
+    products: int
+    matrix_loads: int
+    exponentials: int
+
+
+def read_cubin(path: Path, arch: str) -> dict[str, Code]:
+    """Mangled name -> figures, of every kernel in a cubin."""
+    usage = run(find_binary("cuobjdump"), "--dump-resource-usage", path)
+    elf = run(find_binary("cuobjdump"), "--dump-elf", path)
+    sass = run(find_binary("nvdisasm"), "-c", path)
+    # From sm_90 on, what the system keeps is counted as the kernel's.
+    reserved = RESERVED_SHARED_MEMORY if int(arch.removeprefix("sm_")) >= 90 else 0
+    threads = {}
+    for section in re.split(r"^\.nv\.info\.", elf, flags=re.M)[1:]:
+        bounds = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\S+\s+Value:\s+0x([0-9a-f]+) 0x([0-9a-f]+) 0x([0-9a-f]+)", section)
+        if bounds:
+            x, y, z = (int(b, 16) for b in bounds.groups())
+            threads[section.split(None, 1)[0]] = x * y * z
+    code = dict(re.findall(r"^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", sass, flags=re.M | re.S))
+    kernels = {}
+    for name, line in re.findall(r"Function (\S+):\n\s*(.*)", usage):
+        number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+        instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code[name], flags=re.M)
+        if not instructions:
+            raise ToolError(f"no instructions of {name} found in what nvdisasm prints: read_cubin has to learn its new form")
+        if name not in threads:
+            raise ToolError(f"{name} does not say how many threads a block has: give it __launch_bounds__")
+
+        def count(pattern, instructions=instructions):
+            return sum(re.match(pattern, i) is not None for i in instructions)
+
+        kernels[name] = Code(
+            threads=threads[name],
+            registers=number["REG"],
+            stack=number["STACK"] + number["LOCAL"],
+            local_loads=count(r"LDL\b"),
+            local_stores=count(r"STL\b"),
+            static_shared=number["SHARED"] - reserved,
+            products=count(r"HMMA\b"),
+            matrix_loads=count(r"LDSM\b"),
+            exponentials=count(r"MUFU\.EX2\b"),
+        )
+    return kernels
+
+
+def parse_name(mangled: str) -> tuple[str, str, int, int, int]:
+    """(kernel, dtype, head dim, keys, step) of a mangled name: element type and head dim come first, then a forward kernel's
+    keys, or the warps of one for whole segments, which keep 32 rows each, and its step."""
+    found = re.match(r"_ZN4hlip\d+(short_attention_[a-z_]+)I(6__half|13__nv_bfloat16)((?:L[a-z]\d+E)+)E", mangled)
+    if found is None:
+        raise ToolError(f"{mangled} is not a name of csrc/short_attention as it was: parse_name has to learn it")
+    kernel, element, numbers = found.groups()
+    values = [int(v) for v in re.findall(r"L[a-z](\d+)E", numbers)]
+    keys = values[1] * {"forward": 1, "whole_backward": 32}.get(kernel.removeprefix("short_attention_"), 0)
+    step = values[2] if kernel.endswith("whole_backward") else 0
+    return kernel, {"6__half": "float16", "13__nv_bfloat16": "bfloat16"}[element], values[0], keys, step
