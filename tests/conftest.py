@@ -12,6 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 import pytest
+from interpreter import patch_once_a_launch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once_a_launch()
 
 try:
     from hypothesis import HealthCheck, settings

@@ -30,7 +30,11 @@ PROPERTIES = SimpleNamespace(
     name="NVIDIA H200", major=9, minor=0, multi_processor_count=8, total_memory=150 << 30,
     shared_memory_per_block_optin=227 << 10,
 )  # fmt: skip
-GRIDS = [[(2, 3, 4), (3, 4, 5), (2, 6, 6)], [], [(0, 2, 2), (1, 1, 1), (2, 5, 8)]]  # in the place of larger ones
+SMALLER = {  # constants of the modules with GPU tests
+    "GRIDS": [[(2, 3, 4), (3, 4, 5), (2, 6, 6)], [], [(0, 2, 2), (1, 1, 1), (2, 5, 8)]],
+    "SEGMENTS": 70,
+    "REPEATS": 2,
+}
 CANNOT = {
     "graph": "no graph is captured", "tf32": "no product is in TF32",
     "equals_the_cpu": "what is on the CPU is not always known",
@@ -230,6 +234,7 @@ def pytest_configure(config):
     full = workloads.make
     workloads.make = lambda name, *, full, make=full: make(name, full=False)
     measure.full_size = lambda: False
+    measure.ENOUGH = {"cuda": 0.05, "cpu": 0.1}
     measure.ceilings = lambda: (9e14, 4e12)
 
 
@@ -250,8 +255,8 @@ def pytest_collection_modifyitems(config, items):
             for place in sorted({i * (len(found) - 1) // max(each - 1, 1) for i in range(each)})
         ]
     for item in items:
-        if hasattr(item.module, "GRIDS"):
-            item.module.GRIDS = GRIDS
+        for name in SMALLER.keys() & vars(item.module).keys():
+            setattr(item.module, name, SMALLER[name])
         for part, reason in CANNOT.items():
             if part in item.name:
                 item.add_marker(pytest.mark.skip(reason=f"on a pretended GPU: {reason}"))

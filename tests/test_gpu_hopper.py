@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 GRIDS = [[(2, 5, 7), (3, 9, 9), (12, 14, 14)], [], [(0, 2, 2), (1, 1, 1), (3, 8, 16)]]  # up to 2,600 rows a study
+REPEATS = 20
 NAMES = ["hopper", "hopper_ordered"]
 PATTERNS = [{}, {"neighbours": 1}, {"summary": "study"}, {"neighbours": 2, "summary": "scan"}]
 
@@ -93,7 +94,7 @@ def test_short_segments_of_every_length(monkeypatch, whole):
     qkv = torch.randn(layout.num_rows, 3, 12, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     g = torch.randn(layout.num_rows, 12, 64, device="cuda", dtype=torch.bfloat16)
     first = None
-    for _ in range(20):
+    for _ in range(REPEATS):
         out = attention(*qkv.unbind(1), layout, "slice", backend="hopper")
         (grad,) = torch.autograd.grad(out, qkv, g)
         first = first or (out.detach(), grad)
