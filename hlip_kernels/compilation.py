@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,9 +22,15 @@ class Compilation:
 
         return triton.compile(self.source, target=self.target, options=self.options)
 
-    def digest(self) -> str:
-        """Of all that the machine code follows from: triton's first intermediate representation (which knows nothing of names
-        of files, lines and comments), the options, and the versions of triton and of the assembler. 16 hexadecimal digits.
+    def digest(self, *readers) -> str:
+        """Of all that figures follow from: triton's first intermediate representation (which knows nothing of names of files,
+        lines and comments), all options, the versions of triton and of the assembler, and the text of what reads them.
+
+        Args:
+            readers: functions and modules that make figures of the machine code.
+
+        Returns:
+            16 hexadecimal digits.
         """
         import triton
         from triton._C.libtriton import get_cache_invalidating_env_vars, ir
@@ -37,11 +44,13 @@ class Compilation:
         made = self.source.make_ir(
             self.target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
         )
-        environment = sorted(get_cache_invalidating_env_vars().items())
-        parts = (triton.__version__, backend.hash(), self.target, sorted(self.options.items()), environment, made.str_nodebug())
+        # Among the options the paths of triton's own libraries, which are those of its version.
+        chosen = sorted((name, value) for name, value in vars(options).items() if name != "extern_libs")
+        parts = [triton.__version__, backend.hash(), self.target, chosen, sorted(get_cache_invalidating_env_vars().items())]
+        parts += [made.str_nodebug(), *map(inspect.getsource, readers)]
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def found(rows: Iterable, digest: str, **names):
+def find_row(rows: Iterable, digest: str, **names):
     """The first of ``rows`` that has these names and was made of the source of this digest (its field ``source``), or None."""
     return next((r for r in rows if r.source == digest and all(getattr(r, k) == v for k, v in names.items())), None)

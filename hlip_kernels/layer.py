@@ -107,8 +107,9 @@ class HierarchicalAttention(nn.Module):
             level: the level whose segments attend.
             rope: rotary positions (Su et al., arXiv 2104.09864) as timm's ``RotaryEmbeddingCat`` makes them: ``(T, 2 * D)``,
                 for each patch row the sines of its ``D`` channels, then the cosines; channels ``2i`` and ``2i + 1`` turn
-                together. Prefix rows do not turn. For dense input ``(n, 2 * D)``, of the last ``n`` tokens. Queries and keys
-                are turned in the wider of their dtype and the table's, and rounded to theirs.
+                together (tables for timm's ``rotate_half`` look the same and do not fit). Prefix rows do not turn. For dense
+                input ``(n, 2 * D)``, of the last ``n`` tokens. Queries and keys are turned in the wider of their dtype and
+                the table's.
             attn_mask: for dense input, broadcastable to ``(B, H, N, N)``: bool, true where a query sees a key, or floating
                 point, added to the logits. By keyword: timm takes it where the layout stands here.
             is_causal: for dense input: a token sees none after it. Not together with ``attn_mask``.
@@ -125,10 +126,11 @@ class HierarchicalAttention(nn.Module):
             self._check_rope(rope, x, layout)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.unbind(-3)  # views of the projection: (..., H, D)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             first = 0 if layout is not None else x.shape[1] - rope.shape[0]
             q, k = _turn(q, rope, first), _turn(k, rope, first)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # where a norm answers in float32
         if layout is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             dropout = self.attn_drop.p if self.training else 0.0
@@ -146,7 +148,10 @@ class HierarchicalAttention(nn.Module):
 
     def _check(self, x: Tensor, layout: Layout | None, level: str | None, attn_mask: Tensor | None, is_causal: bool) -> None:
         if isinstance(layout, Tensor):
-            raise TypeError("the second argument is a layout, got a tensor: pass a mask by keyword, as attn_mask=...")
+            raise TypeError(
+                "the second argument is a layout, got a tensor: pass a mask or rotary positions by keyword, as attn_mask=... "
+                "or rope=..."
+            )
         if (layout is None) != (level is None):
             raise ValueError("packed rows need both layout and level; dense (B, N, C) input takes neither")
         if x.ndim != (3 if layout is None else 2):

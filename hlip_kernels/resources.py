@@ -17,14 +17,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
+from . import machine_code
 from .backends.triton.config import KERNELS, Config, config_for
-from .compilation import Compilation, found
+from .compilation import Compilation, find_row
 from .machine_code import innermost_loops, parse
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
@@ -77,7 +78,8 @@ class Resources:
         matrix_instructions, matrix_kind: how many there are, and which; ``HGMMA`` is Hopper's warpgroup MMA, ``HMMA`` that
             of one warp.
         instructions, exponentials: of a thread, in the loop over whole tiles of patch rows.
-        source: the digest of what this was compiled from and with; see :meth:`hlip_kernels.compilation.Compilation.digest`.
+        source: the digest of what these follow from (:meth:`hlip_kernels.compilation.Compilation.digest`); rows with the same
+            figures are equal all the same.
     """
 
     kernel: str
@@ -96,7 +98,7 @@ class Resources:
     matrix_kind: str
     instructions: int
     exponentials: int
-    source: str
+    source: str = field(compare=False)
 
     def a_logit(self, count: int) -> float:
         """``count`` instructions of a thread and step, as instructions for each logit of a tile; 0 where there are none.
@@ -161,22 +163,36 @@ def compile_kernel(
     Args:
         known: rows from before. If one of them was made of the same source, with the same compiler, it is the result.
     """
+    digest = digest_of(kernel, kind, head_dim, arch, config)
     config, made = compilation(kernel, kind, head_dim, arch, config)
-    target, digest = ARCHITECTURES[arch], made.digest()
-    if row := found(known, digest, kernel=kernel, dtype=kind, head_dim=head_dim, arch=arch):
+    if row := find_row(known, digest, kernel=kernel, dtype=kind, head_dim=head_dim, arch=arch):
         return row
-    compiled = made.run()
-    read = _read_cubin if target.backend == "cuda" else _read_amdgcn
+    compiled, target = made.run(), ARCHITECTURES[arch]
+    read = _reader(arch)
     registers, spills, code = read(compiled.asm["cubin" if target.backend == "cuda" else "amdgcn"])
-    matrix = re.findall(target.matrix, code)
-    # Two loops have exponentials: this one and that over the last rows of a segment, which has masks besides.
-    loop = min(innermost_loops(parse(code), "exp2"), key=len, default=[])
     return Resources(
         kernel, kind, head_dim, arch,
         config.block_m, config.block_n, "+".join(str(c) for c in config.columns if c), config.num_warps, config.num_stages,
-        registers, compiled.metadata.shared, spills, len(matrix), "+".join(sorted(set(matrix))),
-        len(loop), sum(i.kind == "exp2" for i in loop), digest,
+        registers, compiled.metadata.shared, spills, *_figures(code, target.matrix), source=digest,
     )  # fmt: skip
+
+
+def digest_of(kernel: str, kind: str, head_dim: int, arch: str, config: Config | None = None) -> str:
+    """What :attr:`Resources.source` is for a kernel compiled now."""
+    made = compilation(kernel, kind, head_dim, arch, config)[1]
+    return made.digest(machine_code, _figures, _reader(arch), usage_of)
+
+
+def _reader(arch: str) -> Callable[[bytes | str], tuple[int, int, str]]:
+    return _read_cubin if ARCHITECTURES[arch].backend == "cuda" else _read_amdgcn
+
+
+def _figures(code: str, matrix: str) -> tuple[int, str, int, int]:
+    """(matrix instructions, their kinds, instructions and exponentials of the loop over whole tiles) of a disassembly."""
+    found = re.findall(matrix, code)
+    # Two loops have exponentials: this one and that over the last rows of a segment, which has masks besides.
+    loop = min(innermost_loops(parse(code), "exp2"), key=len, default=[])
+    return len(found), "+".join(sorted(set(found))), len(loop), sum(i.kind == "exp2" for i in loop)
 
 
 def argument_type(name: str, dtype: torch.dtype) -> str:

@@ -15,15 +15,16 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
+from . import machine_code
 from .backends.hopper import constants_of
 from .backends.hopper.config import HEAD_DIMS, KERNELS, WHOLE, Config
-from .compilation import Compilation, found
+from .compilation import Compilation, find_row
 from .machine_code import Instruction, innermost_loops, parse
 from .resources import argument_type, read_rows, run_tool, usage_of, write_rows
 
@@ -51,7 +52,8 @@ class HopperResources:
         exponentials: instructions in those loops. overlapped: those with a product in flight.
         unsynchronised: arrivals at a barrier, and products, that a warp may reach before the others' loads, stores and waits.
         order: of the first such loop that has exponentials.
-        source: the digest of what this was compiled from and with; see :meth:`hlip_kernels.compilation.Compilation.digest`.
+        source: the digest of what these follow from (:meth:`hlip_kernels.compilation.Compilation.digest`); rows with the same
+            figures are equal all the same.
     """
 
     kernel: str
@@ -75,7 +77,7 @@ class HopperResources:
     overlapped: int
     unsynchronised: int
     order: str
-    source: str
+    source: str = field(compare=False)
 
 
 def compilation(
@@ -129,11 +131,23 @@ def read_resources(
         known: rows from before. If one of them was made of the same source, with the same compiler, it is the result.
     """
     config, name = KERNELS[kernel][head_dim], " ".join(f"{k}={v}" for k, v in (variant or {}).items())
-    made = compilation(kernel, dtype, head_dim, variant)
-    digest = made.digest()
-    if row := found(known, digest, kernel=kernel, dtype=dtype, head_dim=head_dim, variant=name):
+    digest = digest_of(kernel, dtype, head_dim, variant)
+    if row := find_row(known, digest, kernel=kernel, dtype=dtype, head_dim=head_dim, variant=name):
         return row
-    compiled = made.run()
+    return HopperResources(
+        kernel, name, dtype, head_dim, config.consumers, config.block, config.stages,
+        **_read(compilation(kernel, dtype, head_dim, variant).run(), kernel), source=digest,
+    )  # fmt: skip
+
+
+def digest_of(kernel: str, dtype: str, head_dim: int, variant: dict | None = None) -> str:
+    """What :attr:`HopperResources.source` is for a kernel compiled now."""
+    readers = machine_code, _read, in_flight, _spills, order_of, unsynchronised, usage_of
+    return compilation(kernel, dtype, head_dim, variant).digest(*readers)
+
+
+def _read(compiled, kernel: str) -> dict[str, int | str]:
+    """The figures of a compiled kernel, by their names in :class:`HopperResources`."""
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(compiled.asm["ptx"])
@@ -143,13 +157,13 @@ def read_resources(
         said = run_tool("ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder, "again.cubin"))
     code = [i for block in blocks for i in block.instructions]
     loops = innermost_loops(blocks, "product")
-    flying = [in_flight(loop) for loop in loops]
-    with_exponentials = [loop for loop, (exponentials, _) in zip(loops, flying, strict=True) if exponentials]
-    without = [loop for loop, (exponentials, _) in zip(loops, flying, strict=True) if not exponentials]
-    return HopperResources(
-        kernel, name, dtype, head_dim,
-        config.consumers, config.block, config.stages,
-        registers=registers, shared_memory=compiled.metadata.shared, spill_bytes=spilled,
+    found = [in_flight(loop) for loop in loops]
+    with_exponentials = [loop for loop, (exponentials, _) in zip(loops, found, strict=True) if exponentials]
+    without = [loop for loop, (exponentials, _) in zip(loops, found, strict=True) if not exponentials]
+    return dict(
+        registers=registers,
+        shared_memory=compiled.metadata.shared,
+        spill_bytes=spilled,
         loop_spills=sum(map(_spills, with_exponentials)),
         reducer_spills=sum(map(_spills, without)),
         instructions=max(map(len, with_exponentials), default=0),
@@ -157,12 +171,11 @@ def read_resources(
         products=sum(i.kind == "product" for i in code),
         tma_loads=sum(i.name.startswith("UTMALDG") for i in code),
         serialized=int("serializ" in (said.stdout + said.stderr).lower()),
-        exponentials=sum(exponentials for exponentials, _ in flying),
-        overlapped=sum(overlapped for _, overlapped in flying),
+        exponentials=sum(exponentials for exponentials, _ in found),
+        overlapped=sum(overlapped for _, overlapped in found),
         unsynchronised=unsynchronised(code, kernel not in WHOLE),
         order=order_of(with_exponentials[0]) if with_exponentials else "",
-        source=digest,
-    )  # fmt: skip
+    )
 
 
 def in_flight(loop: list[Instruction]) -> tuple[int, int]:

@@ -14,8 +14,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 from interpreter import patch_once_a_launch
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    patch_once_a_launch()
+INTERPRETER = "patched once a launch"
+if os.environ.get("TRITON_INTERPRET") == "1" and not patch_once_a_launch():
+    INTERPRETER = "as it is, slow: tests/interpreter.py does not know this version"
 
 try:
     from hypothesis import HealthCheck, settings
@@ -27,6 +28,10 @@ else:
     )
     settings.register_profile("search", settings.get_profile("ci"), derandomize=False, max_examples=500)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_report_header():
+    return f"triton's interpreter: {INTERPRETER}"
 
 
 @pytest.fixture(autouse=True)

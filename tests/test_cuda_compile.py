@@ -7,8 +7,10 @@ are not.
 Needs nvcc and no GPU.
 """
 
+import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -94,6 +96,35 @@ def test_registers_spills_shared_memory_and_matrix_instructions(nvcc, arch, tmp_
         f"the code nvcc {nvcc} makes is not what {RECORD.name} says it was: {changed}. If that is an improvement or was meant: "
         f"{AGAIN}, and say why in the commit"
     )
+    if any(row.source != cuda_resources.digest_on(arch) for row in known if row.arch == arch):
+        warnings.warn(
+            f"{RECORD.name} was made of another source or with another build of nvcc: the same figures, but all is compiled",
+            stacklevel=1,
+        )
+
+
+def test_whatever_changes_a_source_changes_the_digest(nvcc, tmp_path, monkeypatch):
+    def digests():
+        cuda_toolkit.source_digest.cache_clear()
+        return [cuda_resources.digest_on(arch) for arch in ARCHITECTURES]
+
+    before = digests()
+    assert len(set(before)) == len(ARCHITECTURES)
+    copy = tmp_path / "csrc"
+    shutil.copytree(cuda_toolkit.CSRC, copy)
+    monkeypatch.setattr(cuda_toolkit, "CSRC", copy)
+    assert digests() == before
+    header = copy / "device" / "cuda.cuh"
+    header.write_text(header.read_text().replace("16816", "16816 ", 1) + "\n")
+    assert not set(digests()) & set(before)
+    monkeypatch.undo()
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-DNOTHING")
+    assert not set(digests()) & set(before)
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda_toolkit, "FLAGS", ("-O2",))
+    assert not set(digests()) & set(before)
+    monkeypatch.undo()
+    assert digests() == before
 
 
 def test_the_record_is_whole_and_within_limits(nvcc):

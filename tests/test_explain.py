@@ -1,14 +1,12 @@
 """Relevance maps: their shape, and what they measure."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tiny import scans, tiny_model, tiny_variant
 
 pytest.importorskip("open_clip")
 
-from hlip.explain import occlusion, relevance
+from hlip.explain import _to_maps, occlusion, relevance
 from hlip.model import StudyBatch
 
 
@@ -48,10 +46,19 @@ def rotary_model():
 
 
 def test_relevance_knows_rotary_positions():
+    """Of a block in the middle, by hand."""
     model, whole, text = rotary_model(), scans(16, 24), torch.randn(24)
-    turned = torch.cat(relevance(model, whole, text))
-    model.visual.trunk.config = replace(model.visual.trunk.config, rotary=False)
-    assert not torch.allclose(turned, torch.cat(relevance(model, whole, text)), atol=1e-2)
+    trunk, kept = model.visual.trunk, []
+    hook = trunk.blocks[1].register_forward_pre_hook(lambda block, inputs: kept.append(inputs[0]))
+    with torch.enable_grad():
+        features = model.encode_image(StudyBatch.pack([whole]))[0, 0]
+        (gradient,) = torch.autograd.grad(torch.nn.functional.cosine_similarity(features, text, dim=0), kept[0])
+    hook.remove()
+    share = (kept[0] * gradient).sum(1)[:5].clamp(min=0).detach()  # two patches and three
+    maps = relevance(model, whole, text, block=1)
+    expected = _to_maps(share, whole, trunk.layout(StudyBatch.pack([whole])), trunk.config.patch_size)
+    for got, right in zip(maps, expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-4)
 
 
 def test_occlusion_knows_rotary_positions():

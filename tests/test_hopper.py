@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hlip_kernels import attention
 from hlip_kernels.backends import BACKENDS, Query, hopper
+from hlip_kernels.backends.base import strides_of
 from hlip_kernels.backends.hopper import HopperBackend
 from hlip_kernels.backends.hopper.config import (
     BACKWARD_FUSED,
@@ -325,3 +326,10 @@ def test_rows_that_tma_cannot_address_are_copied(strides):
     assert torch.equal(ready, t) and (ready is t) == (strides in ("packed", "contiguous"))
     assert ready.data_ptr() % 16 == 0 and all(stride * 2 % 16 == 0 for stride in ready.stride()[:2])
     assert ready.stride(0) >= hopper.extent(ready)[1]
+
+
+@pytest.mark.parametrize("head_stride", [0, 64, 2**33])
+def test_the_stride_of_a_lone_head_means_nothing(head_stride):
+    """Torch lets it be anything, also what no 32-bit column of TMA can be."""
+    t = torch.randn(10, 64).half().as_strided((10, 1, 64), (64, head_stride, 1))
+    assert hopper._loadable(t) is t and hopper.extent(t) == (10, 64) and strides_of(t) == [64, 64]

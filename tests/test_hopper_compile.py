@@ -7,6 +7,7 @@ Runs without a GPU, in processes of its own: the interpreter that other tests us
 import os
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,12 +65,17 @@ def test_products_loads_spills_and_overlap(dtype, tmp_path):
         pytest.skip(
             f"within limits, but there is no {RECORD.name} to compare with: make one (see hlip_kernels.resources_hopper)"
         )
-    known = set(read_rows(RECORD, HopperResources))
+    known = {row: row.source for row in read_rows(RECORD, HopperResources)}
     changed = [row for row in rows if row not in known]
     assert not changed, (
         f"the machine code is not what {RECORD.name} says it was: {changed}. If that is an improvement or was meant: "
         f"python -m hlip_kernels.resources_hopper --csv tests/codegen/{RECORD.name}, and say why in the commit"
     )
+    if any(row.source != known[row] for row in rows):
+        warnings.warn(
+            f"{RECORD.name} was made of another source or with another compiler: the same figures, but all is compiled",
+            stacklevel=1,
+        )
 
 
 def test_every_shipped_configuration_is_on_record():

@@ -1,6 +1,7 @@
 """``HierarchicalAttention``: timm's weights and results, packed rows, compilation without breaks or recompilation."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_rotary_positions_are_timms(options):
 
 
 def test_rotary_positions_made_by_timm_for_ragged_grids():
-    """Every segment has its own grid; rounding to bfloat16 happens once, after turning in float32."""
+    """Every segment has its own grid."""
     grids = [(3, 4), (2, 2), (5, 1)]
     rope = rope_of(grids, 16)
     theirs, ours = rotary_in_timm()
@@ -136,6 +137,23 @@ def test_rotary_positions_made_by_timm_for_ragged_grids():
     with torch.autocast("cpu", torch.bfloat16):
         half = ours(x, layout, "segment", rope=rope)
     assert half.dtype == torch.bfloat16 and relative(half, out) < 0.02
+
+
+class Wide(torch.nn.LayerNorm):
+    """Answers in float32, as under autocast on a GPU."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def test_what_norms_give_is_turned_before_it_is_rounded():
+    options = {"qk_norm": True, "norm_layer": partial(Wide, dtype=torch.float32)}
+    theirs, ours = rotary_in_timm(**options)
+    theirs, ours = theirs.bfloat16(), ours.bfloat16()
+    for layer in (theirs, ours):
+        layer.q_norm.float(), layer.k_norm.float()
+    x, rope = torch.randn(3, 14, 48, dtype=torch.bfloat16), rope_of([(3, 4)], 16)
+    assert torch.equal(ours(x, rope=rope), theirs(x, rope))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +234,7 @@ def test_packed_rows_refuse_what_they_cannot_honour():
         layer(x, layout, "scan", attn_mask=torch.ones(3, 3))
     with pytest.raises(ValueError, match="is_causal is for dense"):
         layer(x, layout, "scan", is_causal=True)
-    with pytest.raises(TypeError, match="pass a mask by keyword"):
+    with pytest.raises(TypeError, match="pass a mask or rotary positions by keyword"):
         layer(torch.randn(2, 3, 16), torch.ones(3, 3))
     with pytest.raises(ValueError, match="exclude each other"):
         layer(torch.randn(2, 3, 16), attn_mask=torch.ones(3, 3), is_causal=True)

@@ -19,9 +19,10 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import cuda_machine_code
 from cuda_machine_code import RESERVED_SHARED_MEMORY, parse_name, read_cubin
 from cuda_toolkit import CSRC, SOURCE, ToolError, compile_cubin, find_nvcc, nvcc_version, run, source_digest, why_not
 
@@ -78,7 +79,8 @@ class Resources:
         rows, shared, blocks, warps: the largest pack it may be launched with here, the bytes of shared memory that takes, and
             how many blocks and warps of it fit a multiprocessor. 0: it never runs here, as segments that long do not fit.
         slice_shared, slice_blocks, slice_warps: the same for a published slice; 0: such a slice does not come to this kernel.
-        source: the digest of what this was compiled from and with (:func:`cuda_toolkit.source_digest`).
+        source: the digest of what these follow from (:func:`cuda_toolkit.source_digest`); rows with the same figures are equal
+            all the same.
     """
 
     nvcc: str
@@ -104,7 +106,7 @@ class Resources:
     slice_shared: int
     slice_blocks: int
     slice_warps: int
-    source: str
+    source: str = field(compare=False)
 
 
 # ---------------------------------------------------------------- what a launch needs
@@ -233,10 +235,15 @@ def compile_kernels(head_dim: int, arch: str) -> list[Resources]:
         kernel, dtype, of_name, keys, step = parse_name(mangled)
         assert of_name == head_dim, mangled
         named = {"nvcc": nvcc_version(), "kernel": kernel, "dtype": dtype, "head_dim": head_dim, "keys": keys, "step": step}
-        rows.append(named | {"arch": arch, "source": source_digest()} | asdict(figures))
+        rows.append(named | {"arch": arch, "source": digest_on(arch)} | asdict(figures))
     rooms = {row["keys"] for row in rows if row["kernel"].endswith("forward")}
     made = [with_launches(row, rooms) for row in rows]
     return sorted(made, key=lambda r: (r.dtype, r.kernel, r.keys, r.step))
+
+
+def digest_on(arch: str) -> str:
+    """What :attr:`Resources.source` is for kernels compiled now."""
+    return source_digest(arch, cuda_machine_code)
 
 
 def compile_all(
@@ -249,9 +256,11 @@ def compile_all(
             are compiled all the same.
     """
     shared_bytes()  # once, before threads ask for it
-    source_digest()
     pairs = [(head_dim, arch) for arch in archs for head_dim in head_dims]
-    stand = {pair: [r for r in known if (r.head_dim, r.arch) == pair and r.source == source_digest()] for pair in pairs}
+    stand = {(d, a): [r for r in known if (r.head_dim, r.arch, r.source) == (d, a, digest_on(a))] for d, a in pairs}
+    for pair, rows in stand.items():
+        rooms = {r.keys for r in rows if r.kernel.endswith("forward")}
+        stand[pair] = [with_launches(asdict(r), rooms) for r in rows]
     with ThreadPoolExecutor(jobs) as pool:
         for rows in pool.map(lambda pair: (pair[0] not in anew and stand[pair]) or compile_kernels(*pair), pairs):
             yield from rows

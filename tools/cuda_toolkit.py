@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import os
 import re
 import shutil
@@ -74,18 +75,31 @@ def why_not(arch: str) -> str:
     return f"nvcc {nvcc_version()} does not know {arch}: it takes a newer one"
 
 
+def cubin_arguments(arch: str) -> list[str]:
+    """How a source is compiled to machine code of one architecture."""
+    number = arch.removeprefix("sm_")
+    return [*FLAGS, "-cubin", "-gencode", f"arch=compute_{number},code={arch}"]
+
+
 def compile_cubin(source: Path, arch: str, output: Path, *flags: str) -> Path:
     """Compiles one source to machine code of one architecture."""
-    number = arch.removeprefix("sm_")
-    gencode = f"arch=compute_{number},code={arch}"
-    run(find_nvcc(), *FLAGS, *flags, "-I", CSRC, "-cubin", "-gencode", gencode, "-o", output, source)
+    run(find_nvcc(), *cubin_arguments(arch), *flags, "-I", CSRC, "-o", output, source)
     return output
 
 
 @functools.cache
-def source_digest() -> str:
-    """Of all that the machine code of csrc/ follows from: its text, the flags and the compiler. 16 hexadecimal digits."""
-    parts = [run(find_nvcc(), "--version"), *FLAGS]
-    for path in sorted(p for p in CSRC.rglob("*") if p.is_file()):
-        parts += [str(path.relative_to(CSRC)), path.read_text(encoding="utf-8")]
+def source_digest(arch: str, *readers) -> str:
+    """Of all that figures of csrc/ on an architecture follow from: its text, its arguments, the compiler, and what reads them.
+
+    Args:
+        readers: functions and modules that make figures of the machine code.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    parts = [run(find_nvcc(), "--version"), *cubin_arguments(arch)]
+    parts += [os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
+    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp")):
+        parts += [path.relative_to(CSRC).as_posix(), path.read_text(encoding="utf-8")]
+    parts += map(inspect.getsource, readers)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -145,7 +145,7 @@ class HLIPEncoder(nn.Module):
         x = self.patch_embed(rows) + self._positions(full, keep).to(dtype)
         rope = None
         if self.config.rotary:
-            rope = self._in_scan(full, keep, lambda grid: rotary_3d(grid, self.head_dim).to(x.device))
+            rope = self._in_scan(full, keep, lambda grid: rotary_3d(grid, self.head_dim))
         return torch.cat([x, self.prefix(layout)]), layout, rope
 
     def _positions(self, layout: Layout, keep: Tensor | None) -> Tensor:
@@ -164,10 +164,10 @@ class HLIPEncoder(nn.Module):
         scans = [grid for study in layout.grids for grid in study]
         distinct = sorted({grid for grid in scans if min(grid) > 0})
         if not distinct:
-            return table_of((1, 1, 1))[:0]
+            return table_of((1, 1, 1))[:0].to(layout.device)
         sizes = [int(np.prod(grid)) for grid in distinct]
         first = dict(zip(distinct, np.cumsum([0, *sizes[:-1]]), strict=True))
-        table = torch.cat([table_of(grid) for grid in distinct])
+        table = torch.cat([table_of(grid) for grid in distinct]).to(layout.device, non_blocking=True)
         index = np.concatenate([np.arange(int(np.prod(g))) + first.get(g, 0) for g in scans])
         return table.index_select(0, self._select(index, keep, table.device))
 

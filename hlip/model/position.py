@@ -45,11 +45,14 @@ def rotary_3d(grid: Grid, head_dim: int) -> Tensor:
     column; a pair of them turns by ``position / 10000^(2i/channels)``. The channels that are left do not turn.
     """
     channels = 2 * (head_dim // 3 // 2)
-    omega = 1.0 / 10000 ** (torch.arange(channels // 2, dtype=torch.float64) / (channels / 2))
-    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).view(-1, 3)
-    angles = (places[:, :, None] * omega).flatten(1).repeat_interleave(2, dim=1)  # (d * h * w, 3 * channels)
-    angles = F.pad(angles, (0, head_dim - angles.shape[1]))
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    axes = [sincos_1d(n, channels).repeat_interleave(2, dim=1) for n in grid]  # of pairs: the sines, then the cosines
+    left = head_dim - 3 * channels
+    halves = []
+    for half, still in ((slice(0, channels), 0.0), (slice(channels, None), 1.0)):
+        d, h, w = (axis[:, half] for axis in axes)
+        parts = [d[:, None, None], h[None, :, None], w[None, None], torch.full((1, 1, 1, left), still)]
+        halves.append(torch.cat([part.expand(*grid, -1) for part in parts], dim=3))
+    return torch.cat(halves, dim=3).flatten(0, 2)
 
 
 def spatial_table(grid: Grid, dim: int, kind: str) -> Tensor:

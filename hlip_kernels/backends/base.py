@@ -154,8 +154,8 @@ def copied(x: torch.Tensor) -> torch.Tensor:
 
 
 def strides_of(*tensors: torch.Tensor) -> list[int]:
-    """Row and head stride of each ``(R, H, D)`` tensor, in elements."""
-    return [stride for t in tensors for stride in t.stride()[:2]]
+    """Row and head stride of each ``(R, H, D)`` tensor, in elements; a lone head's may be anything, and is its width here."""
+    return [stride for t in tensors for stride in (t.stride(0), t.stride(1) if t.shape[1] > 1 else t.shape[2])]
 
 
 def on(device: torch.device):

@@ -231,7 +231,7 @@ def _loadable(t: torch.Tensor) -> torch.Tensor:
     """``t``, or a copy where TMA could not load it: it wants 16-byte addresses and strides, and 32-bit coordinates."""
     columns = extent(t)[1]
     # Not heads first: what the driver says of rows that overlap is not known here.
-    fits = t.stride(0) >= columns and t.stride(1) > 0 and columns < 2**31
+    fits = t.stride(0) >= columns and (t.stride(1) > 0 or t.shape[1] == 1) and columns < 2**31
     return aligned(t) if fits else copied(t)
 
 
