@@ -333,7 +333,8 @@ def test_a_long_epoch_is_saved_on_the_way(folder, tmp_path, monkeypatch):
 def test_accumulation_bf16_and_every_loss_run(folder, tmp_path):
     for i, changes in enumerate(
         ({"accumulate": 3, "precision": "bf16"}, {"model": {**CONFIG["model"], "loss": "siglip"}},
-         {"model": {**CONFIG["model"], "loss": "clip", "prefix": ["cls"], "pool": "cls", "grad_checkpointing": True}})
+         {"model": {**CONFIG["model"], "loss": "clip", "prefix": ["cls"], "pool": "cls", "rotary": True,
+                    "grad_checkpointing": True}})
     ):  # fmt: skip
         train(run_config(folder, tmp_path / str(i), epochs=1, **changes), progress=False)
         run = load_run(tmp_path / str(i))

@@ -34,6 +34,7 @@ EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "train.yaml"
         ({"model": {"prefix": ["reg"]}}, r"model\.prefix"),
         ({"model": {"heads": 5}}, r"model\.heads must be a divisor of width, 192, got 5"),
         ({"model": {"patch_size": [4, 0, 16]}}, r"model\.patch_size"),
+        ({"model": {"width": 60, "heads": 4, "rotary": True}}, r"model\.rotary must be false where .* .60 / 4., got True"),
         ({"model": {"context_length": 1}}, r"model\.context_length"),
         ({"epochs": 0, "model": {"width": 6}}, "epochs must be .*; model.width must be"),
     ],

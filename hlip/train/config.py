@@ -64,7 +64,7 @@ class ModelConfig:
 
     Attributes:
         name: a published model, or empty for a model of the shape below.
-        image_size, patch_size, width, heads, levels, prefix, pool, drop_path, embed_dim: see
+        image_size, patch_size, width, heads, levels, prefix, pool, rotary, drop_path, embed_dim: see
             :class:`hlip.model.variants.Encoder`.
         text: ``published``, ``tiny``, a folder, or a Hugging Face id.
         text_pretrained: start from the text model's own weights.
@@ -87,6 +87,7 @@ class ModelConfig:
     levels: tuple[str, ...] = ("slice", "scan", "study") * 2
     prefix: tuple[str, ...] = ("cls", "reg")
     pool: str = "dinotxt"
+    rotary: bool = False
     drop_path: float = 0.0
     embed_dim: int = 128
     text: str = "tiny"
@@ -114,6 +115,10 @@ class ModelConfig:
             ),
             "model.prefix": (self.prefix in (("cls",), ("cls", "reg")), "[cls] or [cls, reg]"),
             "model.pool": (self.pool in ("cls", "dinotxt"), "cls or dinotxt"),
+            "model.rotary": (
+                not self.rotary or self.width % (2 * self.heads) == 0,
+                f"false where a head has an odd number of channels ({self.width} / {self.heads})",
+            ),
             "model.drop_path": (0 <= self.drop_path < 1, "at least 0 and below 1"),
             "model.embed_dim": (self.embed_dim >= 1, "at least 1"),
             "model.text": (bool(self.text), "published, tiny, a folder or a Hugging Face id"),

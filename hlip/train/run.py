@@ -41,7 +41,7 @@ def model_variant(config: ModelConfig) -> Variant:
         return variant(config.name)
     encoder = Encoder(
         image_size=config.image_size, patch_size=config.patch_size, levels=config.levels, width=config.width,
-        heads=config.heads, prefix=config.prefix, pool=config.pool, drop_path=config.drop_path,
+        heads=config.heads, prefix=config.prefix, pool=config.pool, rotary=config.rotary, drop_path=config.drop_path,
     )  # fmt: skip
     return Variant(encoder, config.embed_dim, token_axis=True, dual=len(config.prefix) > 1 and config.loss in ("", "dual"))
 
