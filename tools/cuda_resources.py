@@ -258,9 +258,11 @@ def compile_all(
     shared_bytes()  # once, before threads ask for it
     pairs = [(head_dim, arch) for arch in archs for head_dim in head_dims]
     stand = {(d, a): [r for r in known if (r.head_dim, r.arch, r.source) == (d, a, digest_on(a))] for d, a in pairs}
-    for pair, rows in stand.items():
+    for (head_dim, arch), rows in stand.items():
+        every = {(r.kernel, r.dtype, r.keys, r.step) for r in known if r.head_dim == head_dim}
+        whole = {(r.kernel, r.dtype, r.keys, r.step) for r in rows} == every  # else one was lost from the file
         rooms = {r.keys for r in rows if r.kernel.endswith("forward")}
-        stand[pair] = [with_launches(asdict(r), rooms) for r in rows]
+        stand[head_dim, arch] = [with_launches(asdict(r), rooms) for r in rows] if whole else []
     with ThreadPoolExecutor(jobs) as pool:
         for rows in pool.map(lambda pair: (pair[0] not in anew and stand[pair]) or compile_kernels(*pair), pairs):
             yield from rows
