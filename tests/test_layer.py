@@ -2,6 +2,7 @@
 
 import inspect
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +138,19 @@ def test_rotary_positions_made_by_timm_for_ragged_grids():
     with torch.autocast("cpu", torch.bfloat16):
         half = ours(x, layout, "segment", rope=rope)
     assert half.dtype == torch.bfloat16 and relative(half, out) < 0.02
+
+
+def test_the_documented_lines_run():
+    pytest.importorskip("timm.layers")
+    page = (Path(__file__).parents[1] / "docs" / "layout.md").read_text(encoding="utf-8")
+    (code,) = [block.split("```")[0] for block in page.split("```python\n")[1:] if "RotaryEmbeddingCat" in block]
+    names = {}
+    exec(compile(code, "layout.md", "exec"), names)
+    layout, rope, x = names["layout"], names["rope"], names["x"]
+    assert rope.shape == (layout.num_tokens, 128) and x.shape == (layout.num_rows, 768)
+    first, last = rope[: 14 * 14], rope[7 * 14 * 14 :][: 14 * 14]
+    assert torch.equal(first, last)  # of one scan, slice by slice
+    assert not torch.equal(names["layer"](x, layout, "slice", rope=rope), names["layer"](x, layout, "slice"))
 
 
 class Wide(torch.nn.LayerNorm):
