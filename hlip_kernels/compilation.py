@@ -27,7 +27,7 @@ class Compilation:
         lines and comments), all options, the versions of triton and of the assembler, and the text of what reads them.
 
         Args:
-            readers: functions and modules that make figures of the machine code.
+            readers: functions and modules that make figures of the machine code, and text that they go by.
 
         Returns:
             16 hexadecimal digits.
@@ -47,7 +47,7 @@ class Compilation:
         # Among the options the paths of triton's own libraries, which are those of its version.
         chosen = sorted((name, value) for name, value in vars(options).items() if name != "extern_libs")
         parts = [triton.__version__, backend.hash(), self.target, chosen, sorted(get_cache_invalidating_env_vars().items())]
-        parts += [made.str_nodebug(), *map(inspect.getsource, readers)]
+        parts += [made.str_nodebug(), *(r if isinstance(r, str) else inspect.getsource(r) for r in readers)]
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 

@@ -114,6 +114,7 @@ def compilation(kernel: str, kind: str, head_dim: int, arch: str, config: Config
 
     Raises:
         ValueError: the kernel is not used there (the table has no tiles for it), and no ``config`` was given.
+        RuntimeError: triton's interpreter is on.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -180,7 +181,7 @@ def compile_kernel(
 def digest_of(kernel: str, kind: str, head_dim: int, arch: str, config: Config | None = None) -> str:
     """What :attr:`Resources.source` is for a kernel compiled now."""
     made = compilation(kernel, kind, head_dim, arch, config)[1]
-    return made.digest(machine_code, _figures, _reader(arch), usage_of)
+    return made.digest(machine_code, _figures, ARCHITECTURES[arch].matrix, _reader(arch), usage_of, run_tool)
 
 
 def _reader(arch: str) -> Callable[[bytes | str], tuple[int, int, str]]:

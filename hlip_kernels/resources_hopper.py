@@ -142,7 +142,7 @@ def read_resources(
 
 def digest_of(kernel: str, dtype: str, head_dim: int, variant: dict | None = None) -> str:
     """What :attr:`HopperResources.source` is for a kernel compiled now."""
-    readers = machine_code, _read, in_flight, _spills, order_of, unsynchronised, usage_of
+    readers = machine_code, _read, str(WHOLE), in_flight, _spills, order_of, unsynchronised, usage_of, run_tool
     return compilation(kernel, dtype, head_dim, variant).digest(*readers)
 
 

@@ -55,6 +55,7 @@ def test_relevance_knows_rotary_positions():
         (gradient,) = torch.autograd.grad(torch.nn.functional.cosine_similarity(features, text, dim=0), kept[0])
     hook.remove()
     share = (kept[0] * gradient).sum(1)[:5].clamp(min=0).detach()  # two patches and three
+    assert share.max() > 0
     maps = relevance(model, whole, text, block=1)
     expected = _to_maps(share, whole, trunk.layout(StudyBatch.pack([whole])), trunk.config.patch_size)
     for got, right in zip(maps, expected, strict=True):

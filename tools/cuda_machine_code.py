@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from cuda_toolkit import ToolError, find_binary, run
@@ -11,23 +10,8 @@ from cuda_toolkit import ToolError, find_binary, run
 RESERVED_SHARED_MEMORY = 1024  # of each block, by the system, from sm_80 on
 
 
-@dataclass(frozen=True)
-class Code:
-    """What a cubin says of one kernel (see :class:`cuda_resources.Resources`)."""
-
-    threads: int
-    registers: int
-    stack: int
-    local_loads: int
-    local_stores: int
-    static_shared: int
-    products: int
-    matrix_loads: int
-    exponentials: int
-
-
-def read_cubin(path: Path, arch: str) -> dict[str, Code]:
-    """Mangled name -> figures, of every kernel in a cubin."""
+def read_cubin(path: Path, arch: str) -> dict[str, dict[str, int]]:
+    """Mangled name -> figures, of every kernel in a cubin, by their names in :class:`cuda_resources.Resources`."""
     usage = run(find_binary("cuobjdump"), "--dump-resource-usage", path)
     elf = run(find_binary("cuobjdump"), "--dump-elf", path)
     sass = run(find_binary("nvdisasm"), "-c", path)
@@ -52,7 +36,7 @@ def read_cubin(path: Path, arch: str) -> dict[str, Code]:
         def count(pattern, instructions=instructions):
             return sum(re.match(pattern, i) is not None for i in instructions)
 
-        kernels[name] = Code(
+        kernels[name] = dict(
             threads=threads[name],
             registers=number["REG"],
             stack=number["STACK"] + number["LOCAL"],

@@ -235,7 +235,7 @@ def compile_kernels(head_dim: int, arch: str) -> list[Resources]:
         kernel, dtype, of_name, keys, step = parse_name(mangled)
         assert of_name == head_dim, mangled
         named = {"nvcc": nvcc_version(), "kernel": kernel, "dtype": dtype, "head_dim": head_dim, "keys": keys, "step": step}
-        rows.append(named | {"arch": arch, "source": digest_on(arch)} | asdict(figures))
+        rows.append(named | {"arch": arch, "source": digest_on(arch)} | figures)
     rooms = {row["keys"] for row in rows if row["kernel"].endswith("forward")}
     made = [with_launches(row, rooms) for row in rows]
     return sorted(made, key=lambda r: (r.dtype, r.kernel, r.keys, r.step))

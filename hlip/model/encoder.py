@@ -68,7 +68,6 @@ class HLIPEncoder(nn.Module):
         self.grad_checkpointing = False
         self.num_prefix = len(config.prefix)
         dim = config.width
-        self.head_dim = dim // config.heads
         self.num_features = dim * (2 if config.pool == "dinotxt" else 1)
 
         self.patch_embed = PatchEmbedding(config.patch_size, dim)
@@ -145,7 +144,7 @@ class HLIPEncoder(nn.Module):
         x = self.patch_embed(rows) + self._positions(full, keep).to(dtype)
         rope = None
         if self.config.rotary:
-            rope = self._in_scan(full, keep, lambda grid: rotary_3d(grid, self.head_dim))
+            rope = self._in_scan(full, keep, lambda grid: rotary_3d(grid, self.config.width // self.config.heads))
         return torch.cat([x, self.prefix(layout)]), layout, rope
 
     def _positions(self, layout: Layout, keep: Tensor | None) -> Tensor:

@@ -30,17 +30,8 @@ WEIGHTS, STATE, CONFIG, TOKENIZER = "model.safetensors", "state.pt", "config.yam
 _MAY_CHANGE = {
     "text_pretrained", "checkpoint", "mae", "context_length", "patch_dropout", "drop_path", "grad_checkpointing", "backend"
 }  # fmt: skip
-_SHAPE = {
-    "image_size",
-    "patch_size",
-    "width",
-    "heads",
-    "levels",
-    "prefix",
-    "pool",
-    "rotary",
-    "embed_dim",
-}  # not used beside a name
+# Not used beside a name.
+_SHAPE = {"image_size", "patch_size", "width", "heads", "levels", "prefix", "pool", "rotary", "embed_dim"}
 
 
 def check_folder(config: TrainConfig, *, resume: bool, overwrite: bool) -> bool:
