@@ -90,11 +90,11 @@ PYBIND11_MODULE(_C, m) {
         return Tables{as<const int>(packs), as<const int>(starts), as<const int>(records)};
       }));
   using Numbers = std::array<int64_t, 3>;
-  py::class_<Extent>(m, "Extent", "Packs, rows of the largest, keys; shared memory, packs (first, last, rows) for whole_backward.cuh.")
-      .def(py::init([](int64_t packs, int64_t rows, int64_t keys, int64_t shared, Numbers large, Numbers small) {
-             return Extent{packs, rows, keys, shared, {large[0], large[1], large[2]}, {small[0], small[1], small[2]}};
+  py::class_<Extent>(m, "Extent", "Packs, those of one segment, rows; shared memory, packs (first, last, rows) for whole_backward.cuh.")
+      .def(py::init([](int64_t packs, int64_t alone, int64_t rows, int64_t shared, Numbers large, Numbers small) {
+             return Extent{packs, alone, rows, shared, {large[0], large[1], large[2]}, {small[0], small[1], small[2]}};
            }),
-           py::arg("packs"), py::arg("rows"), py::arg("keys"), py::arg("shared") = 0, py::arg("large") = Numbers{},
+           py::arg("packs"), py::arg("alone"), py::arg("rows"), py::arg("shared") = 0, py::arg("large") = Numbers{},
            py::arg("small") = Numbers{});
   m.def("short_attention_forward", &short_attention_forward, nogil);
   m.def("short_attention_backward", &short_attention_backward, nogil);

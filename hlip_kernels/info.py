@@ -83,14 +83,16 @@ def _names(types: tuple[torch.dtype, ...]) -> str:
 
 def _short_attention() -> list[str]:
     """The short-segment kernels there are, and how long a segment each card lets them hold."""
-    from .backends.cuda import HEAD_DIMS, KEYS, SHARED_MEMORY, max_rows
+    from .backends.cuda import HEAD_DIMS, SHARED_MEMORY, max_rows
     from .backends.cuda_whole import HEAD_DIMS as WHOLE_HEAD_DIMS
     from .backends.cuda_whole import ROWS, whole_rows
     from .packs import PACK_ROWS
 
-    keys = ", ".join(map(str, KEYS))
-    lines = [f"attention over short segments, float16 and bfloat16: forward for up to {keys} keys, and backward,"]
-    lines.append("at each head dim; longest segment (prefix rows counted), by the shared memory of a block:")
+    lines = ["attention over short segments, float16 and bfloat16, at each head dim: forward, for packs of up to"]
+    lines.append(
+        f"{PACK_ROWS} rows and for segments of more than {PACK_ROWS // 2}, and backward; longest segment (prefix rows counted),"
+    )
+    lines.append("by the shared memory of a block:")
     for size in sorted(set(SHARED_MEMORY.values())):
         cards = [capability for capability, shared in SHARED_MEMORY.items() if shared == size]
         names = ", ".join(f"sm_{major}{minor}" for major, minor in cards)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -124,15 +125,57 @@ def _natural_loops(blocks: list[Block]) -> dict[int, set[int]]:
     return loops
 
 
+def _innermost(blocks: list[Block], wanted: Callable[[Instruction], bool]) -> list[tuple[int, set[int]]]:
+    """The innermost of the loops with a wanted instruction: first block and all blocks, by address."""
+    has = [any(map(wanted, block.instructions)) for block in blocks]
+    loops = {head: body for head, body in _natural_loops(blocks).items() if any(has[b] for b in body)}
+    return sorted((head, body) for head, body in loops.items() if not any(other < body for other in loops.values()))
+
+
 def innermost_loops(blocks: list[Block], kind: str) -> list[list[Instruction]]:
     """The innermost of the loops with an instruction of this kind: their instructions, by address from the first block on."""
-    loops = {
-        head: body
-        for head, body in _natural_loops(blocks).items()
-        if any(i.kind == kind for b in body for i in blocks[b].instructions)
-    }
-    innermost = [(head, body) for head, body in loops.items() if not any(other < body for other in loops.values())]
     return [
         [i for b in sorted(body, key=lambda b: (b < head, b)) for i in blocks[b].instructions]
-        for head, body in sorted(innermost)
+        for head, body in _innermost(blocks, lambda i: i.kind == kind)
     ]
+
+
+def fullest_turns(blocks: list[Block], worth: Callable[[Instruction], int]) -> list[tuple[int, int]]:
+    """Of the innermost loops with instructions that are worth something, by address: the most that a turn is worth, and the
+    fewest instructions of a turn worth that. What only some turns do, such as masking, is left out so; loops inside without an
+    instruction of worth are gone through once."""
+    found = []
+    for head, body in _innermost(blocks, lambda i: worth(i) > 0):
+        weights = {b: (sum(map(worth, blocks[b].instructions)), -len(blocks[b].instructions)) for b in body}
+        best, ends = {head: weights[head]}, []
+        for i in _forward_order(blocks, head, body):
+            if head in blocks[i].next:
+                ends.append(best[i])
+            for after in body.intersection(blocks[i].next) - {head}:
+                sums = best[i][0] + weights[after][0], best[i][1] + weights[after][1]
+                best[after] = max(best.get(after, sums), sums)
+        most, fewest = max(ends)
+        found.append((most, -fewest))
+    return found
+
+
+def _forward_order(blocks: list[Block], head: int, body: set[int]) -> list[int]:
+    """Blocks of a loop, each before those that it leads to, but for the ways back in loops inside."""
+    done, order = set(), []
+
+    def visit(i: int) -> None:
+        todo = [(i, iter(blocks[i].next))]
+        done.add(i)
+        while todo:
+            at, nexts = todo[-1]
+            for after in nexts:
+                if after in body and after not in done:
+                    done.add(after)
+                    todo.append((after, iter(blocks[after].next)))
+                    break
+            else:
+                order.append(at)
+                todo.pop()
+
+    visit(head)
+    return order[::-1]

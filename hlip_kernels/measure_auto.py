@@ -23,7 +23,7 @@ from .ops import attention
 from .pattern import Plan
 from .timing import host_seconds, timed
 
-BANDS = (32, 64, 128, 208, 256, 272, 512, 1024, 2048, 4096, 16384)
+BANDS = (32, 64, 128, 208, 256, 432, 512, 1024, 2048, 4096, 16384)
 
 
 def measure_band(length: int, dtype: torch.dtype, head_dim: int, *, rows: int, heads: int, rounds: int,

@@ -174,4 +174,4 @@ def _tables(packs: Packs):
 
 
 def _extent(packs: Packs, *whole):
-    return _C.Extent(len(packs.packs), packs.rows, packs.keys, *whole)
+    return _C.Extent(len(packs.packs), len(packs.alone), packs.rows, *whole)

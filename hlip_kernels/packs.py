@@ -15,7 +15,7 @@ from .kept import keep, to_device
 from .pattern import K_PATCHES, K_PREFIXES, Q_PATCHES, Q_PREFIXES, Plan
 
 TILE = 16  # rows of a warp; kShort* in csrc/short_attention/arguments.h count in these
-PACK_ROWS = 128  # of packs that are shared, by segments of up to half as many
+PACK_ROWS = 128  # of packs that are shared, by segments of up to half as many; kPackRows there
 DEAD_ROWS = 256  # of packs of rows that no segment holds
 
 
@@ -29,8 +29,7 @@ class Packs:
         starts: int32 ``(N,)``: where in its pack each record starts.
         records: int32 ``(N, 8)``, those of the plan.
         alone: rows of the packs that hold one segment alone, which come first; on the host.
-        rows: of the largest pack.
-        keys: the most keys 16 neighbouring rows of a pack see, counted from a multiple of 16: what a kernel must have room for.
+        rows: of the largest pack, but for those of rows that no segment holds.
     """
 
     packs: torch.Tensor
@@ -38,7 +37,6 @@ class Packs:
     records: torch.Tensor
     alone: np.ndarray
     rows: int
-    keys: int
 
 
 def packs_of(plan: Plan, device: torch.device, pack_rows: int = PACK_ROWS) -> Packs:
@@ -55,8 +53,8 @@ def packs_of(plan: Plan, device: torch.device, pack_rows: int = PACK_ROWS) -> Pa
     return keep(plan.kept, ("packs", device, pack_rows), device, make)
 
 
-def _pack(records: np.ndarray, pack_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
-    """(packs, starts, rows of packs of one segment alone, rows of the largest pack, most keys seen)."""
+def _pack(records: np.ndarray, pack_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """(packs, starts, rows of packs of one segment alone, rows of the largest pack)."""
     lengths = records[:, Q_PATCHES] + records[:, Q_PREFIXES]
     live = (records[:, K_PATCHES] + records[:, K_PREFIXES] > 0) & (lengths > 0)
     tiny = live & (lengths <= pack_rows // 2)
@@ -70,19 +68,12 @@ def _pack(records: np.ndarray, pack_rows: int) -> tuple[np.ndarray, np.ndarray, 
         members = np.concatenate([np.arange(first, first + count) for first, count in shared[:, :2]])
         starts[members] = before[members] - of_pack
     packs = np.concatenate([kind[np.argsort(-kind[:, 3], kind="stable")] for kind in made])
-    keys = int(-(-lengths[alone].max(initial=0) // TILE) * TILE)
-    if len(shared):
-        several = shared[shared[:, 1] > 1]
-        longest_tiny = int(lengths[tiny].max())
-        # The first of 16 rows may be its segment's last and the last its segment's first; keys start at a multiple of 16.
-        widest = min(2 * longest_tiny + 2 * TILE - 3, int(several[:, 3].max(initial=0)))
-        keys = max(keys, -(-max(widest, longest_tiny) // TILE) * TILE)
     for dead in np.flatnonzero((lengths > 0) & ~live):
         first = np.arange(0, lengths[dead], DEAD_ROWS)
         rows = np.minimum(DEAD_ROWS, lengths[dead] - first)
         packs = np.concatenate([packs, np.stack([np.full_like(first, dead), np.ones_like(first), first, rows], axis=1)])
     live_rows = int(max(lengths[alone].max(initial=0), shared[:, 3].max(initial=0)))
-    return packs.astype(np.int32), starts.astype(np.int32), packs[: len(alone), 3], live_rows, keys
+    return packs.astype(np.int32), starts.astype(np.int32), packs[: len(alone), 3], live_rows
 
 
 def _share(members: np.ndarray, lengths: np.ndarray, pack_rows: int) -> np.ndarray:

@@ -1,13 +1,14 @@
 """The performance model of the short-segment CUDA kernels, counted from their packs; see :mod:`hlip_kernels.performance`.
 
-A warp takes 16 rows at a time and goes over the keys they see in steps of 16. Each step is counted as the kernel issues it:
-matrix products (two ``mma.m16n8k16`` for every 16 x 16 x 16), what they load from shared memory (512 bytes for two of them: one
-operand, since the other stays in registers), exponentials, and float32 operations. Unlike the Triton kernels' model there is a
-fourth unit, shared memory: with one operand of 16 rows a warp, its 128 bytes a clock last for 2 products in 4 clocks.
+In shared packs a warp takes 16 rows at a time and goes over the keys they see in steps of 16. Each step is counted as the
+kernel issues it: matrix products (two ``mma.m16n8k16`` for every 16 x 16 x 16), what they load from shared memory (512 bytes
+for two of them: one operand, since the other stays in registers), exponentials, and float32 operations. Unlike the Triton
+kernels' model there is a fourth unit, shared memory: with one operand of 16 rows a warp, its 128 bytes a clock last for 2
+products in 4 clocks.
 
-The backward kernel of segments that have a pack of their own (``csrc/short_attention/whole_backward.cuh``) is counted apart: a
-warp keeps 32 keys, so that an operand serves four products; warps are dealt to the four schedulers of a multiprocessor in turn,
-so that 5 warps with keys take as long as 8.
+The kernels for segments that have a pack of their own (``whole_forward.cuh`` and ``whole_backward.cuh`` in
+``csrc/short_attention``) are counted apart: a warp has 32 queries, or keeps 32 keys, so that an operand serves four products.
+Backward, warps are dealt to the four schedulers of a multiprocessor in turn, so that 5 warps with keys take as long as 8.
 
 *Overlapped*: the slowest of units and device memory. *Serial*: units one after the other, and loading not hidden behind them.
 Several blocks share a multiprocessor, or one copies its next segment while it computes, and a kernel should lie near the first.
@@ -33,7 +34,8 @@ _SHARED_BYTES = 128  # a clock and multiprocessor
 # memory: forward, and the two halves of the backward kernel together.
 _FORWARD = {"products": 2, "exponentials": 1, "floats": 6, "tensors": 4, "staged": 2}
 _BACKWARD = {"products": 7, "exponentials": 2, "floats": 14, "tensors": 8, "staged": 4}
-# The backward kernel of whole segments.
+# The kernels of whole segments.
+_WHOLE_FORWARD = {"exponentials": 1, "floats": 5, "staged": 2}
 _WHOLE = {"exponentials": 1, "floats": 7, "staged": 5}
 _SCHEDULERS = 4
 _BLOCK_SHARED_MEMORY = {"ampere": 163 << 10, "hopper": 227 << 10}  # of an A100, and of the newer cards
@@ -67,6 +69,21 @@ def _clocks(packs: Packs, first: int, last: int | None, work: dict, head_dim: in
         "shared memory": products * 512 + _staged(packs, first, last, work, head_dim),
         "exponentials": logits * work["exponentials"],
         "floats": logits * work["floats"],
+        "logits": logits,
+    }
+
+
+def _whole_forward_clocks(packs: Packs, first: int, last: int, head_dim: int) -> dict[str, float]:
+    """The same of ``whole_forward.cuh``, for packs that hold one segment alone."""
+    tiles = -(-packs.packs[first:last, 3].cpu().numpy().astype(np.int64) // TILE)
+    pairs = tiles * -(-tiles // 2)  # of two tiles of queries and one of keys
+    logits = float(2 * pairs.sum() * TILE**2)
+    parts = head_dim // TILE
+    return {
+        "matrix": logits * 2 * 2 * head_dim,
+        "shared memory": float(pairs.sum() * 2 * parts * 512) + _staged(packs, first, last, _WHOLE_FORWARD, head_dim),
+        "exponentials": logits * _WHOLE_FORWARD["exponentials"],
+        "floats": logits * _WHOLE_FORWARD["floats"],
         "logits": logits,
     }
 
@@ -110,6 +127,9 @@ def predict_short(
     packs = packs_of(plan, torch.device("cpu"))
     work = _BACKWARD if backward else _FORWARD
     parts, waiting = [], 0  # one for each kernel that is started; the first pack that none was started for
+    if not backward and len(packs.alone):
+        waiting = len(packs.alone)
+        parts.append(_whole_forward_clocks(packs, 0, waiting, head_dim))
     if backward and not halves:
         _, *stretches = whole(packs, head_dim, _BLOCK_SHARED_MEMORY[rates.family])
         for first, last, _ in stretches:

@@ -30,7 +30,7 @@ class Tables(ctypes.Structure):
 
 
 class Extent(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("packs", "rows", "keys", "shared")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("packs", "alone", "rows", "shared")]
     _fields_ += [("large", 3 * ctypes.c_int64), ("small", 3 * ctypes.c_int64)]
 
 
@@ -111,7 +111,7 @@ class Kernels:
     def _run(self, name, q, packs, arguments, whole=(0, (0, 0, 0), (0, 0, 0))):
         reason = ctypes.create_string_buffer(2000)
         shared, large, small = whole
-        extent = Extent(len(packs.packs), packs.rows, packs.keys, shared, tuple(large), tuple(small))
+        extent = Extent(len(packs.packs), len(packs.alone), packs.rows, shared, tuple(large), tuple(small))
         self.seed += 1
         self.blocks += len(packs.packs) * q.shape[1]
         failed = getattr(library(q.shape[2]), name)(

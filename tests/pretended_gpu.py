@@ -33,6 +33,7 @@ PROPERTIES = SimpleNamespace(
 SMALLER = {  # constants of the modules with GPU tests
     "GRIDS": [[(2, 3, 4), (3, 4, 5), (2, 6, 6)], [], [(0, 2, 2), (1, 1, 1), (2, 5, 8)]],
     "SEGMENTS": 70,
+    "LONGEST": 208,
     "REPEATS": 2,
 }
 CANNOT = {

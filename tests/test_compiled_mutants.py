@@ -23,7 +23,9 @@ def compiled():
 
 # One kernel of each kind, with the numbers that launches ask for, of each copy of csrc.
 ONE_OF_EACH = """
-template __global__ void hlip::short_attention_forward<T, 32, 144, hlip::kForwardWarps, hlip::forward_blocks<32>(144)>(
+template __global__ void hlip::short_attention_forward<T, 32, hlip::kForwardWarps, hlip::kForwardBlocks<32>>(
+    hlip::ForwardArguments);
+template __global__ void hlip::short_attention_whole_forward<T, 32, hlip::kForwardWarps, hlip::kWholeForwardBlocks<32>>(
     hlip::ForwardArguments);
 template __global__ void hlip::short_attention_backward<T, 32, hlip::kBackwardWarps<32>, hlip::kBackwardBlocks<32>>(
     hlip::BackwardArguments);
@@ -36,7 +38,7 @@ def one_of_each(compiled, code, dtype, namespace="hlip"):
     by_name = {readable(name): name for name in compiled.texts}
     code = {name: text for name, text in code.items() if f"{len(namespace)}{namespace}" in name}
     compiled.replaced = kernels = {by_name[readable(name)]: parse(text)[name] for name, text in code.items()}
-    assert len(kernels) == 3
+    assert len(kernels) == 4
     backend = CompiledCudaBackend(multiprocessors=1)
     try:
         # The last row of the longer segment at the end is the tensors' last: nothing may be read beyond.
@@ -67,7 +69,8 @@ MUTANTS = {
     "copies of half as many bytes": ("cg.shared.global [%0], [%1], 16, %2", "ca.shared.global [%0], [%1], 8, %2"),
     "copies that nobody waits for": ('"cp.async.wait_all;"', '""'),
     "copies of rows that are not there": ("really ? 16 : 0", "16"),
-    "a vote of all for one of any": ("__syncthreads_or", "__syncthreads_and"),
+    "a vote of all threads for one of any": ("__syncthreads_or", "__syncthreads_and"),
+    "a vote of all lanes for one of any": ("__any_sync", "__all_sync"),
     "values of another lane": ("value, mask)", "value, mask ^ 3)"),
     "a lane taken for a thread": ("%%tid.x", "%%laneid"),
 }

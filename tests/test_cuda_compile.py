@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from hlip_kernels.backends import cuda_whole
-from hlip_kernels.backends.cuda import HEAD_DIMS, MAX_KEYS, SHARED_MEMORY, max_rows
+from hlip_kernels.backends.cuda import HEAD_DIMS, SHARED_MEMORY, max_rows
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -34,11 +34,11 @@ DTYPES = ("bfloat16", "float16")
 # sake of the blocks that then fit a multiprocessor; the record says how many.
 MOST_STACK = {("sm_90", 64): 0}
 MOST_STACK_ELSEWHERE = 96
-# The kernel for whole segments fills the registers on purpose: what does not fit are counters of its outer loops; of the 300
-# instructions of the inner one two load such words (on sm_90 two more words are touched, once a segment). Nobody has looked at
-# why newer architectures need more.
-MOST_STACK_WHOLE = {"sm_80": 16, "sm_86": 16, "sm_90": 24}
+# The backward kernel for whole segments fills the registers on purpose: what does not fit are counters of its outer loops; of the
+# 230 instructions of the inner one two (on sm_90 one) load such words. Nobody has looked at why newer architectures need more.
+MOST_STACK_WHOLE = {"sm_80": 24, "sm_86": 24, "sm_90": 16}
 MOST_STACK_WHOLE_ELSEWHERE = 112
+KERNELS = [(f"short_attention_{name}", 0, 0) for name in ("forward", "whole_forward", "backward")]
 WHOLE = [("short_attention_whole_backward", *kind) for kind in ((128, 32), (256, 32), (256, 64))]
 
 
@@ -82,9 +82,7 @@ def test_registers_spills_shared_memory_and_matrix_instructions(nvcc, arch, tmp_
     for head_dim in HEAD_DIMS:
         for dtype in DTYPES:
             kernels = [(r.kernel, r.keys, r.step) for r in rows if (r.head_dim, r.dtype) == (head_dim, dtype)]
-            assert len(kernels) == len(set(kernels)) and ("short_attention_backward", 0, 0) in kernels
-            assert max(keys for kernel, keys, _ in kernels if kernel.endswith("forward")) == MAX_KEYS
-            assert [k for k in kernels if "whole" in k[0]] == (WHOLE if head_dim in cuda_whole.HEAD_DIMS else [])
+            assert kernels == sorted(KERNELS + (WHOLE if head_dim in cuda_whole.HEAD_DIMS else []))
     for row in rows:
         assert row.arch == arch
         check_limits(row)
@@ -137,9 +135,7 @@ def test_rows_of_before_stand_unless_one_is_lost_or_they_are_asked_for_anew(nvcc
         return list(cuda_resources.compile_all(["sm_80", "sm_90"], [32, 64], 1, known, anew))
 
     expected = [row for row in known if row.arch in ("sm_80", "sm_90") and row.head_dim in (32, 64)]
-    assert sorted(map(str, made(known))) == sorted(
-        str(cuda_resources.with_launches(asdict(r), rooms(known, r))) for r in expected
-    )
+    assert sorted(map(str, made(known))) == sorted(str(cuda_resources.with_launches(asdict(r))) for r in expected)
     assert compiled == []
     made(known, [64])
     assert compiled == [(64, "sm_80"), (64, "sm_90")]
@@ -149,24 +145,18 @@ def test_rows_of_before_stand_unless_one_is_lost_or_they_are_asked_for_anew(nvcc
     assert compiled == [(32, "sm_90"), (64, "sm_90")]
 
 
-def rooms(rows, of):
-    return {r.keys for r in rows if r.kernel.endswith("forward") and r.head_dim == of.head_dim and r.arch == of.arch}
-
-
 def test_the_record_is_whole_and_within_limits(nvcc):
     assert RECORD.exists(), f"there is none, make one: {AGAIN}"
     rows = read_rows(RECORD)
     assert len({row.nvcc for row in rows}) == 1
-    rooms = sorted({row.keys for row in rows if row.kernel.endswith("forward")})
-    kernels = [("short_attention_backward", 0, 0), *(("short_attention_forward", keys, 0) for keys in rooms)]
-    kernels = [(kernel, HEAD_DIMS) for kernel in kernels] + [(kernel, cuda_whole.HEAD_DIMS) for kernel in WHOLE]
+    kernels = [(kernel, HEAD_DIMS) for kernel in KERNELS] + [(kernel, cuda_whole.HEAD_DIMS) for kernel in WHOLE]
     expected = {(*kernel, t, d, a) for kernel, dims in kernels for t in DTYPES for d in dims for a in ARCHITECTURES}
     found = [(r.kernel, r.keys, r.step, r.dtype, r.head_dim, r.arch) for r in rows]
     assert set(found) == expected and len(found) == len(expected), AGAIN
     for row in rows:
         check_limits(row)
         # What follows from the sizes of packs may change without the machine code.
-        assert cuda_resources.with_launches(asdict(row), rooms) == row, f"{RECORD.name} is out of date: {AGAIN}"
+        assert cuda_resources.with_launches(asdict(row)) == row, f"{RECORD.name} is out of date: {AGAIN}"
 
 
 def test_segments_that_python_lets_through_fit_the_kernels(nvcc):
@@ -175,9 +165,9 @@ def test_segments_that_python_lets_through_fit_the_kernels(nvcc):
     for head_dim in HEAD_DIMS:
         for capability, limit in SHARED_MEMORY.items():
             rows = max_rows(head_dim, capability)
-            for way in ("forward", "backward"):
+            for way in ("forward", "whole_forward", "backward"):
                 assert bytes_of[way, head_dim, rows] <= limit, (way, head_dim, capability)
-            assert rows == MAX_KEYS or bytes_of["backward", head_dim, rows + 1] > limit, "room for more rows"
+            assert bytes_of["backward", head_dim, rows + 1] > limit, "room for more rows"
 
 
 def test_python_and_the_sources_agree_on_how_whole_segments_are_launched(nvcc):
@@ -186,7 +176,7 @@ def test_python_and_the_sources_agree_on_how_whole_segments_are_launched(nvcc):
     for head_dim in HEAD_DIMS:
         for shared in set(SHARED_MEMORY.values()):
             fits = []
-            for rows in range(1, MAX_KEYS + 1):
+            for rows in range(1, cuda_whole.ROWS[1] + 33):
                 names = [f"{name} where there are {shared >> 10} KB" for name in cuda_whole.Launch._fields]
                 numbers = [says[name, head_dim, rows] for name in names]
                 launch = cuda_whole.whole_launch(rows, head_dim, shared)
@@ -233,7 +223,7 @@ def test_spills_and_static_memory_are_seen(nvcc, tmp_path):
         (code,) = cuda_machine_code.read_cubin(cubin, arch).values()
         assert code["threads"] == 96 and code["static_shared"] == 128
         assert code["stack"] >= 256 and code["local_loads"] >= 1 and code["local_stores"] >= 64
-        assert code["products"] == 0
+        assert code["products"] == 0 and code["issued"] == ""
 
 
 def test_what_is_not_known_is_refused(nvcc):

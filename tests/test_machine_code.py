@@ -1,6 +1,6 @@
 """Machine code taken apart: blocks, loops, kinds of instructions, in NVIDIA's disassembly and in AMD's assembly."""
 
-from hlip_kernels.machine_code import innermost_loops, parse
+from hlip_kernels.machine_code import fullest_turns, innermost_loops, parse
 
 
 def test_loops_are_found_in_a_disassembly():
@@ -64,3 +64,31 @@ kernel:
 def test_code_without_loops():
     assert innermost_loops(parse("        /*0000*/                   EXIT ;"), "exp2") == []
     assert innermost_loops(parse(""), "product") == []
+
+
+def test_a_turn_that_does_all_there_is_without_what_only_some_do():
+    """Two products, of which one may be left out; a mask that may not be needed; a loop without products inside."""
+    text = """
+        /*0000*/                   MOV R1, R2 ;
+.L_x_0:
+        /*0010*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0020*/               @P0 BRA `(.L_x_1) ;
+        /*0030*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0040*/                   NOP ;
+.L_x_1:
+        /*0050*/               @P1 BRA `(.L_x_2) ;
+        /*0060*/                   FSEL R4, R4, -INF, P2 ;
+        /*0070*/                   FSEL R5, R5, -INF, P2 ;
+.L_x_2:
+        /*0080*/                   IADD3 R6, R6, 0x1, RZ ;
+        /*0090*/               @P3 BRA `(.L_x_2) ;
+        /*00a0*/               @P4 BRA `(.L_x_0) ;
+.L_x_3:
+        /*00b0*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*00c0*/               @P4 BRA `(.L_x_3) ;
+        /*00d0*/                   EXIT ;
+"""
+    assert fullest_turns(parse(text), lambda i: i.name.startswith("HMMA")) == [(2, 8), (1, 2)]
+    masked = fullest_turns(parse(text), lambda i: 10 * i.name.startswith("HMMA") + i.name.startswith("FSEL"))
+    assert masked == [(22, 10), (10, 2)]
+    assert fullest_turns(parse(text), lambda i: i.name == "EXIT") == []

@@ -1,4 +1,4 @@
-"""What the cuda backend deals out and takes: packs of rows, how many keys they need room for, limits, refusals."""
+"""What the cuda backend deals out and takes: packs of rows, limits, refusals."""
 
 import re
 import sys
@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from hlip_kernels import attention
 from hlip_kernels.backends import Query, cuda_whole
 from hlip_kernels.backends import cuda as cuda_backend
-from hlip_kernels.backends.cuda import HEAD_DIMS, MAX_KEYS, CudaBackend, max_rows
-from hlip_kernels.backends.cuda import KEYS as BANDS
+from hlip_kernels.backends.cuda import HEAD_DIMS, CudaBackend, max_rows
 from hlip_kernels.packs import DEAD_ROWS, PACK_ROWS, packs_of
 
 CPU = torch.device("cpu")
@@ -32,12 +31,6 @@ def backend():
 
 
 # ------------------------------------------------------------------ packs
-
-
-def keys_seen(spans):
-    """The most keys that 16 neighbouring rows see, from a multiple of 16 on. ``spans``: (first, last) of each row."""
-    sixteens = (spans[top : top + 16] for top in range(len(spans)))
-    return max((rows[-1][1] - rows[0][0] // 16 * 16 for rows in sixteens), default=0)
 
 
 @settings(max_examples=20 * EXAMPLES)
@@ -55,7 +48,7 @@ def test_packs(lengths, num_prefix, row_multiple, pack_rows):
     assert packs.records.tolist() == records
     assert all(t.dtype == torch.int32 and t.is_contiguous() for t in (packs.packs, packs.starts, packs.records))
     times = np.zeros(plan.num_rows, dtype=int)  # that a row is in a pack
-    live_rows, most_rows, most_keys, kinds = 0, 0, 0, []
+    live_rows, most_rows, kinds = 0, 0, []
     for first, count, offset, rows in packs.packs.tolist():
         members = records[first : first + count]
         assert count >= 1 and rows >= 1
@@ -79,7 +72,6 @@ def test_packs(lengths, num_prefix, row_multiple, pack_rows):
         assert count == 1 or rows <= pack_rows
         most_rows, live_rows = max(most_rows, rows), live_rows + rows
         kinds.append((0 if count == 1 and rows > pack_rows // 2 else 1, -rows))
-        most_keys = max(most_keys, keys_seen(spans))
     assert (times == 1).all(), "every row, dead ones too, in exactly one pack"
     assert live_rows == sum(lengths) + num_prefix * len(lengths)
     assert kinds == sorted(kinds), "segments alone, then shared packs, then dead rows, and of each kind the largest first"
@@ -99,28 +91,12 @@ def test_packs(lengths, num_prefix, row_multiple, pack_rows):
             edges = [0, *taken.large[:2], *taken.small[:2]]
             assert edges == sorted(edges) and edges[2] == sum(n > 128 for n in long) and edges[4] == len(long)
     assert packs.rows == most_rows
-    assert packs.keys >= most_keys and packs.keys % 16 == 0
-    assert packs.keys <= max(-(-most_rows // 16) * 16, 16 if most_rows else 0), "no more than the largest pack has"
-
-
-def test_room_for_keys_is_enough_and_little_more():
-    for length in range(1, PACK_ROWS // 2 + 1):
-        for before in range(16):  # shifts where the others lie in their pack
-            packs = packs_of(plan_of([before] + [length] * (-(-PACK_ROWS // length) + 1)), CPU)
-            most = 0
-            for first, count, _, _ in packs.packs.tolist():
-                own = [r[1] for r in packs.records[first : first + count].tolist()]
-                ends = np.cumsum(own).tolist()
-                most = max(most, keys_seen([(end - n, end) for n, end in zip(own, ends, strict=True) for _ in range(n)]))
-            assert most <= packs.keys
-            assert packs.keys <= most + 48 or before > length  # (then the longest has no neighbour as long)
 
 
 def test_tiny_segments_share_packs_and_fill_them():
     plan = plan_of([4] * 640)
     packs = packs_of(plan, CPU)
     assert packs.packs[:, 3].tolist() == [PACK_ROWS] * 20
-    assert packs.keys <= 48  # 16 rows see few keys, however long the pack
 
 
 def test_packs_of_a_large_batch_take_no_time():
@@ -146,10 +122,10 @@ class AnyGpu(CudaBackend):
 
 
 LIMITS = {
-    (8, 0): (272, 272, 240, 208, 160),
-    (8, 6): (272, 192, 144, 128, 96),
-    (9, 0): (272, 272, 272, 272, 208),
-    (6, 6): (272, 192, 144, 128, 96),  # one that is not known gets what every one has
+    (8, 0): (608, 304, 240, 208, 160),
+    (8, 6): (368, 192, 144, 128, 96),
+    (9, 0): (848, 432, 352, 288, 208),
+    (6, 6): (368, 192, 144, 128, 96),  # one that is not known gets what every one has
 }
 
 
@@ -160,7 +136,7 @@ def test_limits(capability):
         shared = cuda_backend.SHARED_MEMORY.get(capability, 99 << 10)
         # As in csrc/short_attention/arguments.h: a map and statistics, and four rows of 2-byte elements.
         assert limit * (16 + 4 * 2 * head_dim) <= shared
-        assert limit == MAX_KEYS or (limit + 16) * (16 + 4 * 2 * head_dim) > shared
+        assert (limit + 16) * (16 + 4 * 2 * head_dim) > shared
         assert AnyGpu().supports(Query("cuda", capability, torch.float16, head_dim, limit))
         answer = AnyGpu().supports(Query("cuda", capability, torch.float16, head_dim, limit + 1))
         assert not answer
@@ -194,7 +170,7 @@ def test_the_real_backend_needs_a_gpu():
 @pytest.mark.parametrize(
     "lengths, options, words",
     [
-        ([[[300]]], {}, ["up to 272 rows", "the longest has 300"]),
+        ([[[900]]], {}, ["up to 848 rows", "the longest has 900"]),
         ([[[5, 7], [3]]], {"neighbours": 1}, ["no neighbours"]),
         ([[[5, 7], [3]]], {"summary": "study"}, ["no summary"]),
     ],
@@ -217,8 +193,7 @@ def test_the_numbers_are_those_of_the_sources():
         return tuple(int(n) for n in re.findall(r"\d+", found))
 
     assert HEAD_DIMS == numbers(r"kShortHeadDims\[\] = \{(.*?)\}", header)
-    assert BANDS == numbers(r"kShortKeys\[\] = \{(.*?)\}", header)
-    assert max(BANDS) == MAX_KEYS
+    assert (PACK_ROWS,) == numbers(r"kPackRows = (.*?);", header)
     assert cuda_whole.HEAD_DIMS == numbers(r"kWholeHeadDims\[\] = \{(.*?)\}", header)
     assert cuda_whole.ROWS == numbers(r"kWholeRows\[\] = \{(.*?)\}", header)
     assert HEAD_DIMS == numbers(r"foreach\(HEAD_DIM ([\d ]+)\)", (CSRC.parent / "CMakeLists.txt").read_text())

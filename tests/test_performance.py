@@ -167,10 +167,12 @@ def test_the_short_kernels_of_one_slice_take_as_long_as_their_units():
     steps = 13 * 13  # of 16 x 16 logits, on each of the 132 multiprocessors
     moved = 198 * 64 * 2
     forward = predict_short(layout, "slice", **kind)
-    shared = (steps * 2 * 4 * 512 + 2 * moved) / 128 / H200.clock
-    assert forward.binds == "shared memory" and forward.overlapped == pytest.approx(shared + LAUNCH)
-    assert forward.useful == pytest.approx(198**2 / 208**2)
     assert forward.memory == pytest.approx(4 * 132 * moved / H200.bandwidth)
+    assert forward.binds == "memory" and forward.overlapped == pytest.approx(forward.memory + LAUNCH)
+    assert forward.useful == pytest.approx(198**2 / (208 * 224))  # a warp has 32 queries
+    logits, loads = 208 * 224, 13 * 7 * 2 * 4  # of one operand each, 512 bytes, for four products
+    clocks = logits * 2 * 2 * 64 / (0.63 * H200.matrix[2]) + (loads * 512 + 2 * moved) / 128 + logits / 16 + logits * 5 / 128
+    assert forward.serial == pytest.approx(forward.memory + clocks / H200.clock + LAUNCH)
     backward = predict_short(layout, "slice", backward=True, **kind)
     # 7 warps keep 32 keys each, but of the four schedulers three have two of them; dQ is shared by all 8.
     flops = (4 * 13 * 16 + steps) * 4 * 2 * 16**3

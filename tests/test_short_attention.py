@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from hlip_kernels.backends import cuda as cuda_backend
 from hlip_kernels.backends.base import Numerics
 from hlip_kernels.backends.cuda import HEAD_DIMS, CudaBackend, max_rows
-from hlip_kernels.backends.cuda import KEYS as BANDS
 from hlip_kernels.pattern import Plan
 
 CPU = torch.device("cpu")
@@ -54,14 +53,14 @@ def both(backend, q, k, v, grad, plan, scale=None, grad_lse=None):
     return out, lse, *backend.backward(grad, grad_lse, q, k, v, out, lse, plan, scale, Numerics())
 
 
-def check(backend, lengths, num_prefix, dtype, head_dim, scale=None, row_multiple=1):
+def check(backend, lengths, num_prefix, dtype, head_dim, scale=None, row_multiple=1, given=None):
     """Errors of outputs and gradients against float64: at most twice torch's own and a quarter of a rounding."""
     layout = make([[lengths]], num_prefix, row_multiple)
     plan = Plan.of(layout.pattern("slice"))
     if plan.num_rows == 0:  # the op does not ask the backend then
         return
     mask = naive_mask([[lengths]], num_prefix, plan.num_rows, "slice")
-    q, k, v, grad = tensors(plan.num_rows, dtype, head_dim)
+    q, k, v, grad = given or tensors(plan.num_rows, dtype, head_dim)
     out, lse, *grads = both(backend, q, k, v, grad, plan, scale)
     found = []
     for run, to in ((lambda *x: naive_attention(*x)[0], torch.float64), (sdpa_by_segment, dtype)):
@@ -102,25 +101,31 @@ def test_error_on_many_segments(backend, dtype, head_dim, data, num_prefix, row_
     check(backend, lengths, num_prefix, dtype, head_dim, row_multiple=row_multiple)
 
 
-@pytest.mark.parametrize("band", BANDS)
+@pytest.mark.parametrize("rows", [65, 80, 97, 128, 198])
 @kernels_of
-def test_every_band_of_keys(backend, dtype, head_dim, band):
-    """Also those that no GPU has the shared memory for (head dim 128, 272 keys): the kernels are there all the same."""
-    lengths = [5, band - 2, 1, 0, 3, 33]
-    plan = plan_of(lengths, 2)
-    assert packs_for(plan, head_dim).keys == band
+def test_segments_with_a_pack_of_their_own(backend, dtype, head_dim, rows):
+    """An odd and an even number of tiles of keys, full at the end and not; beside segments that share a pack."""
+    lengths = [5, rows - 2, 1, 0, 3, 33]
+    assert len(packs_for(plan_of(lengths, 2), head_dim).alone) == 1
     check(backend, lengths, 2, dtype, head_dim)
 
 
-@pytest.mark.parametrize("band", BANDS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_one_key_more_than_a_band(backend, head_dim, band):
-    lengths = [band + 1]
-    if band < max(BANDS):
-        check(backend, lengths, 0, torch.float16, head_dim)
-    else:
-        with pytest.raises(RuntimeError, match="no kernel for 288 keys"):
-            both(backend, *tensors(band + 1, torch.float16, head_dim), plan_of(lengths))
+def test_the_longest_segments(backend, head_dim):
+    """That a card with 163 KB can hold, and, at the head dim of 128, that none can: the kernels are there all the same."""
+    longest = min(max_rows(head_dim, (8, 0)), 320) if head_dim < 128 else 272
+    check(backend, [longest - 1], 1, torch.float16, head_dim)
+
+
+@pytest.mark.parametrize("step", [-30.0, -8.0, 0.5, 7.9, 8.1, 30.0, 300.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float16", "bfloat16"])
+def test_logits_that_rise_and_fall_from_key_to_key(backend, dtype, step):
+    """By so much a tile of 16 keys, from the last one met to the first: what rows go by has to follow, or need not."""
+    rows = 150
+    q, k, v, grad = tensors(rows, dtype, 64)
+    q[:], k[:, :, 1:] = 1.0, 0.0
+    k[:, :, 0] = (-step * torch.arange(rows) / 16).to(dtype)[:, None]
+    check(backend, [rows], 0, dtype, 64, scale=1.0, given=(q, k, v, grad))
 
 
 @pytest.mark.parametrize("scale", [-0.7, -1e-3, 0.0, 3.0])

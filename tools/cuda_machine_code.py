@@ -7,6 +7,8 @@ from pathlib import Path
 
 from cuda_toolkit import ToolError, find_binary, run
 
+from hlip_kernels.machine_code import Instruction, fullest_turns, parse
+
 RESERVED_SHARED_MEMORY = 1024  # of each block, by the system, from sm_80 on
 
 
@@ -46,18 +48,29 @@ def read_cubin(path: Path, arch: str) -> dict[str, dict[str, int]]:
             products=count(r"HMMA\b"),
             matrix_loads=count(r"LDSM\b"),
             exponentials=count(r"MUFU\.EX2\b"),
+            issued=" ".join(f"{products}/{all_}" for products, all_ in _turns(code[name], "HMMA")),
+            copying="/".join(map(str, max(_turns(code[name], "LDGSTS.E.BYPASS"), default=()))),
         )
     return kernels
 
 
+def _turns(code: str, of: str) -> list[tuple[int, int]]:
+    """Of the innermost loops with such instructions, by address: how many a turn has, and how many instructions in all. Of a
+    turn that leaves nothing out (it packs and stores as well), and does nothing that only some do, such as masking."""
+
+    def worth(instruction: Instruction) -> int:
+        return 1000 * instruction.name.startswith(of) + instruction.name.startswith(("F2FP", "STG"))
+
+    return [(most // 1000, fewest) for most, fewest in fullest_turns(parse(code), worth) if most >= 1000]
+
+
 def parse_name(mangled: str) -> tuple[str, str, int, int, int]:
-    """(kernel, dtype, head dim, keys, step) of a mangled name: element type and head dim come first, then a forward kernel's
-    keys, or the warps of one for whole segments, which keep 32 rows each, and its step."""
+    """(kernel, dtype, head dim, keys, step) of a mangled name: element type and head dim come first, then, of the backward
+    kernel for whole segments, its warps, which keep 32 rows each, and its step."""
     found = re.match(r"_ZN4hlip\d+(short_attention_[a-z_]+)I(6__half|13__nv_bfloat16)((?:L[a-z]\d+E)+)E", mangled)
     if found is None:
         raise ToolError(f"{mangled} is not a name of csrc/short_attention as it was: parse_name has to learn it")
     kernel, element, numbers = found.groups()
     values = [int(v) for v in re.findall(r"L[a-z](\d+)E", numbers)]
-    keys = values[1] * {"forward": 1, "whole_backward": 32}.get(kernel.removeprefix("short_attention_"), 0)
-    step = values[2] if kernel.endswith("whole_backward") else 0
+    keys, step = (32 * values[1], values[2]) if kernel.endswith("whole_backward") else (0, 0)
     return kernel, {"6__half": "float16", "13__nv_bfloat16": "bfloat16"}[element], values[0], keys, step

@@ -26,6 +26,7 @@ import cuda_machine_code
 from cuda_machine_code import RESERVED_SHARED_MEMORY, parse_name, read_cubin
 from cuda_toolkit import CSRC, SOURCE, ToolError, compile_cubin, find_nvcc, nvcc_version, run, source_digest, why_not
 
+from hlip_kernels import machine_code
 from hlip_kernels.backends import cuda_whole
 from hlip_kernels.backends.cuda import HEAD_DIMS, SHARED_MEMORY, max_rows
 from hlip_kernels.packs import PACK_ROWS
@@ -69,13 +70,15 @@ class Resources:
 
     Attributes:
         nvcc: the compiler, as major.minor.
-        keys: the most keys a forward kernel has room for, the most rows of a segment that a kernel for whole ones keeps; 0: any
-            number. step: queries between two barriers of a kernel for whole segments; 0: another kernel.
+        keys: the most rows of a segment that a backward kernel for whole ones keeps; step: queries between two of its barriers;
+            0: another kernel.
         threads: of a block.
         stack: bytes of local memory a thread has for anything, spilled registers among it.
         local_loads, local_stores: instructions that touch it.
         static_shared: bytes of shared memory, what the system keeps not counted.
         products: tensor-core instructions (HMMA). matrix_loads: LDSM. exponentials: MUFU.EX2.
+        issued: products/instructions of a turn of the innermost loops with products, by address, without what only some turns
+            do, such as masking. copying: copies/instructions of the loop that copies most (16 bytes a thread each).
         rows, shared, blocks, warps: the largest pack it may be launched with here, the bytes of shared memory that takes, and
             how many blocks and warps of it fit a multiprocessor. 0: it never runs here, as segments that long do not fit.
         slice_shared, slice_blocks, slice_warps: the same for a published slice; 0: such a slice does not come to this kernel.
@@ -99,6 +102,8 @@ class Resources:
     products: int
     matrix_loads: int
     exponentials: int
+    issued: str
+    copying: str
     rows: int
     shared: int
     blocks: int
@@ -114,7 +119,7 @@ class Resources:
 
 @functools.cache
 def shared_bytes() -> dict[tuple[str, int, int], int]:
-    """(forward or backward, head dim, rows) -> bytes of dynamic shared memory, asked of csrc/short_attention itself.
+    """(forward, backward or whole_forward, head dim, rows) -> bytes of dynamic shared memory, asked of csrc/short_attention.
 
     Also ``("whole 64 2", ...)`` and so on, of whole_backward.cuh with 64 queries a step and room for the keys of two segments,
     and ``("warps where there are 227 KB", ...)``, likewise step, keys and blocks: how it is launched there.
@@ -128,6 +133,7 @@ def shared_bytes() -> dict[tuple[str, int, int], int]:
             for (int rows = 1; rows <= 1024; ++rows) {
               std::printf("forward, %d %d %lld\\n", d, rows, static_cast<long long>(hlip::short_forward_bytes(rows, d)));
               std::printf("backward, %d %d %lld\\n", d, rows, static_cast<long long>(hlip::short_backward_bytes(rows, d)));
+              std::printf("whole_forward, %d %d %lld\\n", d, rows, static_cast<long long>(hlip::whole_forward_bytes(rows, d)));
               for (int step : {32, 64}) {
                 for (int n : {1, 2}) {
                   const long long bytes = hlip::whole_backward_bytes(rows, d, step, n);
@@ -177,11 +183,11 @@ def resident(arch: str, threads: int, registers: int, shared: int) -> tuple[int,
     return blocks, blocks * warps
 
 
-def launches(kernel: str, keys: int, step: int, rooms: Iterable[int], head_dim: int, arch: str) -> tuple[int, bool]:
+def launches(kernel: str, keys: int, step: int, head_dim: int, arch: str) -> tuple[int, bool]:
     """The largest pack a kernel may be launched with on an architecture (0: it never is), and if a published slice comes to it.
 
     Args:
-        keys, step: as in :class:`Resources`. rooms: what the forward kernels of this head dim have room for.
+        keys, step: as in :class:`Resources`.
     """
     longest = max_rows(head_dim, ARCHITECTURES[arch].capability)
     if kernel.endswith("whole_backward"):
@@ -192,17 +198,14 @@ def launches(kernel: str, keys: int, step: int, rooms: Iterable[int], head_dim: 
         found = {rows: cuda_whole.whole_launch(rows, head_dim, shared) for rows in lengths}
         fits = [rows for rows, launch in found.items() if launch and launch.step == step]
         return max(fits, default=0), SLICE_ROWS in fits
-    if not kernel.endswith("forward"):
-        return longest, longest >= SLICE_ROWS
-    smaller = max((room for room in rooms if room < keys), default=0)  # takes all launches that see no more than this
-    # One segment, or several that share a pack, of which 16 neighbouring rows see a part.
-    largest = min(longest, max(keys, PACK_ROWS)) if longest > smaller else 0
-    return largest, smaller < SLICE_ROWS <= min(keys, longest)
+    if kernel.endswith("attention_forward"):
+        return min(PACK_ROWS, longest), False  # a slice has a pack of its own
+    return longest, longest >= SLICE_ROWS
 
 
-def with_launches(row: dict, rooms: Iterable[int]) -> Resources:
+def with_launches(row: dict) -> Resources:
     """The figures read out of the machine code, and what follows from them and from the sizes of packs."""
-    rows, takes_slices = launches(row["kernel"], row["keys"], row["step"], rooms, row["head_dim"], row["arch"])
+    rows, takes_slices = launches(row["kernel"], row["keys"], row["step"], row["head_dim"], row["arch"])
     figures = {}
     for prefix, count in (("", rows), ("slice_", SLICE_ROWS if takes_slices else 0)):
         shared = _shared(row, count) if count else 0
@@ -236,14 +239,12 @@ def compile_kernels(head_dim: int, arch: str) -> list[Resources]:
         assert of_name == head_dim, mangled
         named = {"nvcc": nvcc_version(), "kernel": kernel, "dtype": dtype, "head_dim": head_dim, "keys": keys, "step": step}
         rows.append(named | {"arch": arch, "source": digest_on(arch)} | figures)
-    rooms = {row["keys"] for row in rows if row["kernel"].endswith("forward")}
-    made = [with_launches(row, rooms) for row in rows]
-    return sorted(made, key=lambda r: (r.dtype, r.kernel, r.keys, r.step))
+    return sorted(map(with_launches, rows), key=lambda r: (r.dtype, r.kernel, r.keys, r.step))
 
 
 def digest_on(arch: str) -> str:
     """What :attr:`Resources.source` is for kernels compiled now."""
-    return source_digest(arch, cuda_machine_code)
+    return source_digest(arch, cuda_machine_code, machine_code)
 
 
 def compile_all(
@@ -261,8 +262,7 @@ def compile_all(
     for (head_dim, arch), rows in stand.items():
         every = {(r.kernel, r.dtype, r.keys, r.step) for r in known if r.head_dim == head_dim}
         whole = {(r.kernel, r.dtype, r.keys, r.step) for r in rows} == every  # else one was lost from the file
-        rooms = {r.keys for r in rows if r.kernel.endswith("forward")}
-        stand[head_dim, arch] = [with_launches(asdict(r), rooms) for r in rows] if whole else []
+        stand[head_dim, arch] = [with_launches(asdict(r)) for r in rows] if whole else []
     with ThreadPoolExecutor(jobs) as pool:
         for rows in pool.map(lambda pair: (pair[0] not in anew and stand[pair]) or compile_kernels(*pair), pairs):
             yield from rows

@@ -76,20 +76,25 @@ HLIP_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// Four 8 x 8 matrices of 2-byte elements. Lane l gives the place of row l % 8 of matrix l / 8 and gets elements
+// What all lanes of a warp have alike, told to the compiler: it decides by it without a way back for lanes that went elsewhere.
+HLIP_DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+HLIP_DEVICE bool warp_any(bool condition) { return __any_sync(0xffffffffu, condition); }
+
+// Four 8 x 8 matrices of 2-byte elements. Lane l gives the address (shared_address) of row l % 8 of matrix l / 8 and gets elements
 // 2 * (l % 4) and the next of row l / 4 of each.
-HLIP_DEVICE void load_matrices(uint32_t (&m)[4], Shared row) {
+HLIP_DEVICE void load_matrices(uint32_t (&m)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
 // The same, each matrix transposed on the way.
-HLIP_DEVICE void load_matrices_transposed(uint32_t (&m)[4], Shared row) {
+HLIP_DEVICE void load_matrices_transposed(uint32_t (&m)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
@@ -112,11 +117,20 @@ HLIP_DEVICE void multiply_add<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[
 }
 
 // What the compiler knows of x it forgets: it makes comparisons anew instead of keeping their results in registers.
-HLIP_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
+template <typename V>
+HLIP_DEVICE void forget(V& x) {
+  asm volatile("" : "+r"(x));
+}
 
 HLIP_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+HLIP_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

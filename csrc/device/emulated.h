@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -24,7 +25,7 @@ namespace emulation {
 
 struct LoadArguments {
   uint32_t* matrices;
-  Shared row;
+  uint32_t row;
 };
 
 inline void load_all_lanes(void** arguments, bool transposed, Site site) {
@@ -239,13 +240,35 @@ HLIP_DEVICE V shuffle_xor(V value, int mask, emulation::Site site = emulation::S
   return mine.result;
 }
 
-HLIP_DEVICE void load_matrices(uint32_t (&m)[4], Shared row, emulation::Site site = emulation::Site::here()) {
+HLIP_DEVICE int uniform(int value, emulation::Site site = emulation::Site::here()) {
+  emulation::warp_collective(emulation::Wait::kUniform, site, &value, [site](void** lanes) {
+    for (int lane = 1; lane < 32; ++lane) {
+      const int first = *static_cast<int*>(lanes[0]), other = *static_cast<int*>(lanes[lane]);
+      if (other == first) continue;
+      emulation::fail("not uniform: lane " + std::to_string(lane) + " has " + std::to_string(other) + " and lane 0 " +
+                      std::to_string(first) + " at " + emulation::show(site));
+    }
+  });
+  return value;
+}
+
+HLIP_DEVICE bool warp_any(bool condition, emulation::Site site = emulation::Site::here()) {
+  emulation::warp_collective(emulation::Wait::kWarpAny, site, &condition, [](void** lanes) {
+    const bool any = std::any_of(lanes, lanes + 32, [](const void* lane) { return *static_cast<const bool*>(lane); });
+    for (int lane = 0; lane < 32; ++lane) *static_cast<bool*>(lanes[lane]) = any;
+  });
+  return condition;
+}
+
+HLIP_DEVICE uint32_t shared_address(Shared at) { return at; }
+
+HLIP_DEVICE void load_matrices(uint32_t (&m)[4], uint32_t row, emulation::Site site = emulation::Site::here()) {
   emulation::LoadArguments mine{m, row};
   emulation::warp_collective(emulation::Wait::kLoad, site, &mine,
                              [site](void** lanes) { emulation::load_all_lanes(lanes, false, site); });
 }
 
-HLIP_DEVICE void load_matrices_transposed(uint32_t (&m)[4], Shared row, emulation::Site site = emulation::Site::here()) {
+HLIP_DEVICE void load_matrices_transposed(uint32_t (&m)[4], uint32_t row, emulation::Site site = emulation::Site::here()) {
   emulation::LoadArguments mine{m, row};
   emulation::warp_collective(emulation::Wait::kLoadTransposed, site, &mine,
                              [site](void** lanes) { emulation::load_all_lanes(lanes, true, site); });
@@ -261,13 +284,15 @@ HLIP_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
                              emulation::multiply_all_lanes<T>);
 }
 
-HLIP_DEVICE void forget(int&) {}  // for a compiler that counts registers; see cuda.cuh
+template <typename V>
+HLIP_DEVICE void forget(V&) {}  // for a compiler that counts registers; see cuda.cuh
 
 // Subnormal arguments and results are zeros, as with .ftz.
 HLIP_DEVICE float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;
 }
+HLIP_DEVICE float reciprocal_fast(float x) { return 1.0f / (std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x); }
 HLIP_DEVICE float log2_fast(float x) { return std::log2(std::fabs(x) < 1.17549435e-38f ? 0.0f : x); }
 
 template <typename T>

@@ -35,7 +35,7 @@ struct Site {
 };
 
 // What a thread waits in. The last four are instructions that all lanes must execute at one place in the program (.aligned).
-enum class Wait { kNothing, kExited, kBlockSync, kBlockAny, kWarpSync, kShuffle, kLoad, kLoadTransposed, kHalf, kBFloat16 };
+enum class Wait { kNothing, kExited, kBlockSync, kBlockAny, kWarpSync, kShuffle, kUniform, kWarpAny, kLoad, kLoadTransposed, kHalf, kBFloat16 };
 constexpr Wait kFirstAligned = Wait::kLoad;
 
 struct Copy {  // a cp.async under way
@@ -125,8 +125,8 @@ inline std::string show_thread(int t) {
 
 // "threads 0-31 wait in block_sync at x.cuh:7; threads 32-63 exited", for threads [first, last).
 inline std::string show_waits(int first, int last) {
-  static const char* const kNames[] = {"", "", "block_sync", "block_any", "warp_sync", "shuffle_xor", "load_matrices",
-                                       "load_matrices_transposed", "multiply_add<half>", "multiply_add<bfloat16>"};
+  static const char* const kNames[] = {"", "", "block_sync", "block_any", "warp_sync", "shuffle_xor", "uniform", "warp_any",
+                                       "load_matrices", "load_matrices_transposed", "multiply_add<half>", "multiply_add<bfloat16>"};
   std::vector<std::pair<std::string, std::string>> groups;  // what they do, who they are
   for (int from = first, to; from < last; from = to) {
     const auto describe = [](const Thread& t) -> std::string {

@@ -43,25 +43,27 @@ struct Stretch {
   int64_t first, last, rows;
 };
 
-// The size of a launch: packs, rows of the largest, and the most keys that 16 neighbouring rows see, counted from a multiple of 16.
-// For backward also `shared`, the bytes of shared memory a block may have, and which packs whole_backward.cuh is to take: of
-// more than 128 rows, and of up to 128 (after those).
+// The size of a launch: packs, how many of them (the first) hold one segment alone, rows of the largest; the others have up to
+// kPackRows. For backward also `shared`, the bytes of shared memory a block may have, and which packs whole_backward.cuh is to take:
+// of more than 128 rows, and of up to 128 (after those).
 struct Extent {
-  int64_t packs, rows, keys, shared;
+  int64_t packs, alone, rows, shared;
   Stretch large, small;
 };
 
-// What there are kernels for: head dims, and how many keys (the forward kernels hold the logits of all in registers).
+constexpr int kPackRows = 128;
+
+// What there are kernels for.
 constexpr int kShortHeadDims[] = {32, 64, 80, 96, 128};
-constexpr int kShortKeys[] = {144, 208, 272};
 // Head dims, and rows, that whole_backward.cuh has kernels for: of 4 and of 8 warps, which keep 32 rows each.
 constexpr int kWholeHeadDims[] = {32, 64};
 constexpr int kWholeRows[] = {128, 256};
 
 constexpr int64_t short_padded(int64_t rows) { return (rows + 15) / 16 * 16; }
 
-// Shared memory a block needs for packs of `rows` rows.
+// Shared memory a block needs for packs of `rows` rows; in whole_forward.cuh, with the segment's own record.
 constexpr int64_t short_forward_bytes(int64_t rows, int64_t head_dim) { return short_padded(rows) * (8 + 2 * 2 * head_dim); }
+constexpr int64_t whole_forward_bytes(int64_t rows, int64_t head_dim) { return 4 * 32 + short_padded(rows) * 2 * 2 * head_dim; }
 constexpr int64_t short_backward_bytes(int64_t rows, int64_t head_dim) { return short_padded(rows) * (16 + 4 * 2 * head_dim); }
 
 // The same for whole_backward.cuh: with `step` queries between barriers, and room for the keys of one segment or of two.

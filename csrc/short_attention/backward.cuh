@@ -44,12 +44,12 @@ HLIP_DEVICE void backward_queries(const BackwardArguments& a, const Pack& pack, 
 #pragma unroll
   for (int n = 0; n < D / 8; ++n) clear(dq[n]);
   // This lane's places, as left operands are turned and as they are; the values lie as far from the keys everywhere.
-  Shared at = matrix_place<D>(keys, seen.first, 0, false), turned = matrix_place<D>(keys, seen.first, 0, true);
+  uint32_t at = matrix_place<D>(keys, seen.first, 0, false), turned = matrix_place<D>(keys, seen.first, 0, true);
 #pragma unroll 1
   for (int key = seen.first; key < seen.last; key += kTile, at += kTile * 2 * D, turned += kTile * 2 * D) {
     float s[2][4], dp[2][4];
-    times_rows<T, D>(s, q, at);
-    times_rows<T, D>(dp, g, at + (values - keys));
+    times_rows<T, D>(s, q, PlaceOf<D>{at});
+    times_rows<T, D>(dp, g, PlaceOf<D>{at + (values - keys)});
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       float& x = s[e / 4][e % 4];
@@ -58,7 +58,7 @@ HLIP_DEVICE void backward_queries(const BackwardArguments& a, const Pack& pack, 
     if (!all_see(seen, key)) hide(s, tile, key, 0.0f);
     uint32_t left[4];
     as_left<T>(left, s[0], s[1]);
-    add_times<T, D>(dq, left, turned);
+    add_times<T, D>(dq, left, PlaceOf<D>{turned});
   }
   const float scale[2] = {a.scale, a.scale};
   store_rows<T, D>(static_cast<T*>(a.dq), dq, scale, head, a.heads, pack, tile);
@@ -79,12 +79,12 @@ HLIP_DEVICE void backward_keys(const BackwardArguments& a, const Pack& pack, int
     clear(dk[n]);
     clear(dv[n]);
   }
-  Shared at = matrix_place<D>(queries, seen.first, 0, false), turned = matrix_place<D>(queries, seen.first, 0, true);
+  uint32_t at = matrix_place<D>(queries, seen.first, 0, false), turned = matrix_place<D>(queries, seen.first, 0, true);
 #pragma unroll 1
   for (int query = seen.first; query < seen.last; query += kTile, at += kTile * 2 * D, turned += kTile * 2 * D) {
     float p[2][4], ds[2][4];
-    times_rows<T, D>(p, k, at);
-    times_rows<T, D>(ds, v, at + (grads - queries));
+    times_rows<T, D>(p, k, PlaceOf<D>{at});
+    times_rows<T, D>(ds, v, PlaceOf<D>{at + (grads - queries)});
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int column = query + 8 * n + 2 * quad;
@@ -101,9 +101,9 @@ HLIP_DEVICE void backward_keys(const BackwardArguments& a, const Pack& pack, int
     }
     uint32_t left[4];
     as_left<T>(left, p[0], p[1]);
-    add_times<T, D>(dv, left, turned + (grads - queries));
+    add_times<T, D>(dv, left, PlaceOf<D>{turned + (grads - queries)});
     as_left<T>(left, ds[0], ds[1]);
-    add_times<T, D>(dk, left, turned);
+    add_times<T, D>(dk, left, PlaceOf<D>{turned});
   }
   const float scale[2] = {a.scale, a.scale}, one[2] = {1.0f, 1.0f};
   store_rows<T, D>(static_cast<T*>(a.dk), dk, scale, head, a.heads, pack, tile);
@@ -113,7 +113,8 @@ HLIP_DEVICE void backward_keys(const BackwardArguments& a, const Pack& pack, int
 template <typename T, int D, int kWarps, int kBlocks>
 HLIP_KERNEL(kWarps * 32, kBlocks) short_attention_backward(BackwardArguments a) {
   constexpr int kThreads = kWarps * 32;
-  const int64_t index = block_index() / a.heads, head = block_index() % a.heads;
+  const int item = static_cast<int>(block_index()), heads = static_cast<int>(a.heads);
+  const int64_t index = item / heads, head = item % heads;
   if (sees_nothing(a.tables, index)) {
     zero_rows<T, D, kThreads>(static_cast<T*>(a.dq), a.tables, index, head, a.heads);
     zero_rows<T, D, kThreads>(static_cast<T*>(a.dk), a.tables, index, head, a.heads);
@@ -125,10 +126,7 @@ HLIP_KERNEL(kWarps * 32, kBlocks) short_attention_backward(BackwardArguments a) 
   const Shared queries = 16 * pack.padded, keys = queries + tile_bytes, values = keys + tile_bytes, grads = values + tile_bytes;
   bool one_by_one = false;
   while (true) {
-    start_rows<T, D, kThreads>(queries, a.q, head, pack);
-    start_rows<T, D, kThreads>(keys, a.k, head, pack);
-    start_rows<T, D, kThreads>(values, a.v, head, pack);
-    start_rows<T, D, kThreads>(grads, a.grad_out, head, pack);
+    start_rows<T, D, kThreads>({queries, keys, values, grads}, {&a.q, &a.k, &a.v, &a.grad_out}, head, pack);
     copy_async_wait();
     if (pack.segments > 1 && !one_by_one) {
       one_by_one = block_any(not_finite<T, D, kThreads>(queries, pack) || not_finite<T, D, kThreads>(keys, pack) ||

@@ -5,6 +5,7 @@
 #include "backward.cuh"
 #include "forward.cuh"
 #include "whole_backward.cuh"
+#include "whole_forward.cuh"
 
 namespace hlip {
 
@@ -13,12 +14,10 @@ namespace hlip {
 // together there. Registers come in steps: 8 resident warps may have 255 each, 12 have 168, 16 have 128. What becomes of the
 // others is on record in tests/codegen/short_attention.csv.
 constexpr int kForwardWarps = 4;
-
 template <int D>
-constexpr int forward_blocks(int keys) {
-  if (keys <= kShortKeys[0]) return D == 64 ? 4 : (D >= 80 ? 2 : 3);
-  return keys <= kShortKeys[1] && D <= 64 ? 3 : 2;
-}
+constexpr int kForwardBlocks = D <= 80 ? 4 : 3;
+template <int D>
+constexpr int kWholeForwardBlocks = D <= 32 ? 4 : (D <= 64 ? 3 : 2);
 
 template <int D>
 constexpr int kBackwardWarps = D <= 32 ? 4 : (D <= 64 ? 6 : 7);
@@ -34,18 +33,20 @@ struct Launch {
   int resident;   // 0: a block each
 };
 
-// Calls run(kernel, arguments, launch); false if there is no kernel for that many keys.
+// Packs of one segment each to whole_forward.cuh, and all others to forward.cuh: calls run(kernel, arguments, launch) for those there
+// are.
 template <typename T, int D, typename Run>
-bool choose_forward(const ForwardArguments& a, const Extent& extent, Run run) {
-  const Launch launch{"short_attention_forward", extent.packs * a.heads, kForwardWarps * 32, short_forward_bytes(extent.rows, D), 0};
-  if (extent.keys <= kShortKeys[0]) {
-    run(short_attention_forward<T, D, kShortKeys[0], kForwardWarps, forward_blocks<D>(kShortKeys[0])>, a, launch);
-  } else if (extent.keys <= kShortKeys[1]) {
-    run(short_attention_forward<T, D, kShortKeys[1], kForwardWarps, forward_blocks<D>(kShortKeys[1])>, a, launch);
-  } else if (extent.keys <= kShortKeys[2]) {
-    run(short_attention_forward<T, D, kShortKeys[2], kForwardWarps, forward_blocks<D>(kShortKeys[2])>, a, launch);
-  } else {
-    return false;
+bool choose_forward(ForwardArguments a, const Extent& extent, Run run) {
+  constexpr int kThreads = kForwardWarps * 32;
+  if (extent.alone > 0) {
+    const Launch launch{"short_attention_whole_forward", extent.alone * a.heads, kThreads, whole_forward_bytes(extent.rows, D), 0};
+    run(short_attention_whole_forward<T, D, kForwardWarps, kWholeForwardBlocks<D>>, a, launch);
+    a.tables.packs += 4 * extent.alone;
+  }
+  if (extent.packs > extent.alone) {
+    const int64_t rows = extent.rows < kPackRows ? extent.rows : kPackRows, items = (extent.packs - extent.alone) * a.heads;
+    const Launch launch{"short_attention_forward", items, kThreads, short_forward_bytes(rows, D), 0};
+    run(short_attention_forward<T, D, kForwardWarps, kForwardBlocks<D>>, a, launch);
   }
   return true;
 }

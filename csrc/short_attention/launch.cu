@@ -14,8 +14,8 @@ namespace {
 [[noreturn]] void fail(const char* what, const char* reason, const Extent& extent, int64_t heads, int threads, int64_t bytes) {
   throw std::runtime_error(std::string("hlip: CUDA kernel ") + what + " failed: " + reason + " (head dim " +
                            std::to_string(HLIP_HEAD_DIM) + ", " + std::to_string(heads) + " heads, " + std::to_string(extent.packs) +
-                           " packs of at most " + std::to_string(extent.rows) + " rows seeing at most " + std::to_string(extent.keys) +
-                           "; blocks of " + std::to_string(threads) + " threads with " + std::to_string(bytes) +
+                           " packs of at most " + std::to_string(extent.rows) + " rows, " + std::to_string(extent.alone) +
+                           " of them of one segment; blocks of " + std::to_string(threads) + " threads with " + std::to_string(bytes) +
                            " bytes of shared memory)");
 }
 

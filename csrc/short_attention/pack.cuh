@@ -4,7 +4,6 @@
 // by address, nothing is concatenated. Each row sees a *span*, the part of the sequence that is its own segment.
 #pragma once
 
-#include "arguments.h"
 #include "tiles.cuh"
 
 namespace hlip {
@@ -81,58 +80,55 @@ HLIP_DEVICE void zero_rows(T* x, const Tables& tables, int64_t index, int64_t he
 
 // ---------------------------------------------------------------- moving rows
 
-// Starts copying the rows at work into a tile, zeros for all others.
-template <typename T, int D, int kThreads>
-HLIP_DEVICE void start_rows(Shared tile, const View& x, int64_t head, const Pack& pack) {
-  constexpr int kChunks = D / 8;
-  const T* base = static_cast<const T*>(x.at) + head * x.head;
-  for (int c = thread_index(); c < pack.padded * kChunks; c += kThreads) {
-    const int i = c / kChunks, chunk = c % kChunks;
+// Starts copying the rows at work of N tensors into a tile each, zeros for all others. A thread stays with its chunks of a row.
+template <typename T, int D, int kThreads, int N>
+HLIP_DEVICE void start_rows(const Shared (&tiles)[N], const View* const (&x)[N], int64_t head, const Pack& pack) {
+  constexpr int kLanes = kTrading<D>;
+  const int chunk = thread_index() % kLanes;
+  for (int i = thread_index() / kLanes; i < pack.padded; i += kThreads / kLanes) {
     const bool live = i >= pack.from && i < pack.to;
-    copy_async_16(tile + swizzled<D>(i, chunk), live ? base + row_at(i) * x.row + chunk * 8 : base, live);
+    const uint32_t row = live ? row_at(i) : 0;
+    const Shared place = swizzled<D>(i, chunk);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const T* from = static_cast<const T*>(x[n]->at) + head * x[n]->head + row * x[n]->row + chunk * 8;
+#pragma unroll
+      for (int c = 0; c < D / 8; c += kLanes) copy_async_16(tiles[n] + place + c * 16, from + c * 8, live);
+    }
   }
 }
 
 // Whether this thread copied anything that is not finite into a tile. After copy_async_wait.
 template <typename T, int D, int kThreads>
 HLIP_DEVICE bool not_finite(Shared tile, const Pack& pack) {
-  constexpr int kChunks = D / 8;
+  constexpr int kLanes = kTrading<D>;  // as they were copied
   constexpr uint32_t kExponent = kIsHalf<T> ? 0x7c00 : 0x7f80;
   bool bad = false;
 #pragma unroll 1
-  for (int c = thread_index(); c < pack.padded * kChunks; c += kThreads) {
-    const uint4 v = shared_load<uint4>(tile + swizzled<D>(c / kChunks, c % kChunks));
-    for (const uint32_t word : {v.x, v.y, v.z, v.w}) {
-      bad |= (word & kExponent) == kExponent || ((word >> 16) & kExponent) == kExponent;
+  for (int i = thread_index() / kLanes; i < pack.padded; i += kThreads / kLanes) {
+    const Shared place = tile + swizzled<D>(i, thread_index() % kLanes);
+#pragma unroll
+    for (int c = 0; c < D / 8; c += kLanes) {
+      const uint4 v = shared_load<uint4>(place + c * 16);
+      for (const uint32_t word : {v.x, v.y, v.z, v.w}) {
+        bad |= (word & kExponent) == kExponent || ((word >> 16) & kExponent) == kExponent;
+      }
     }
   }
   return bad;
 }
 
-// Rows i and i + 8 (i = tile + g) of a tensor as left operands: straight from device memory, 16 bytes a thread, and turned
-// within quads. Rows that are not at work are 0.
+// Rows i and i + 8 (i = tile + g) as left operands. In the place of rows that are not at work comes one that is: what becomes of them is
+// hidden, and never written.
 template <typename T, int D>
 HLIP_DEVICE void load_left(uint32_t (&a)[D / 16][4], const View& x, int64_t head, const Pack& pack, int tile) {
-  constexpr int kChunks = D / 8;
-  const int lane = lane_index();
+  int64_t rows[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int i = tile + lane / 4 + 8 * half;
-    const bool live = i >= pack.from && i < pack.to;
-    const T* row = static_cast<const T*>(x.at) + head * x.head + (live ? row_at(i) * x.row : 0);
-#pragma unroll
-    for (int four = 0; four < (kChunks + 3) / 4; ++four) {
-      const int chunk = 4 * four + lane % 4;
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (live && chunk < kChunks) v = global_load<uint4>(row + chunk * 8);
-      uint32_t w[4] = {v.x, v.y, v.z, v.w};
-      transpose_quad(w);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (4 * four + j < kChunks) a[(4 * four + j) / 2][half + (4 * four + j) % 2 * 2] = w[j];
-      }
-    }
+    const int i = tile + lane_index() / 4 + 8 * half, before = i < pack.to ? i : pack.to - 1;
+    rows[half] = row_at(before < pack.from ? pack.from : before);
   }
+  load_left<T, D>(a, x, head, rows);
 }
 
 // Writes rows i and i + 8 (i = tile + g) of an accumulator, times `factor` each, to the packed rows of the pack.
@@ -148,7 +144,7 @@ HLIP_DEVICE void store_rows(T* x, const float (&c)[D / 8][4], const float (&fact
   store_tile<T, D>(to, c, factor);
 }
 
-// The rows seen by the 16 rows from `tile` on, of those at work: from a multiple of 16, and those that all of them see.
+// The rows seen by the 16 rows from `tile` on, of those at work: from a multiple of 16, and those that all of them see. Of a warp.
 struct Seen {
   int first, last, all_first, all_last;
 };
@@ -160,10 +156,11 @@ HLIP_DEVICE Seen seen_by(const Pack& pack, int tile) {
   const int first = a.first > pack.from ? a.first : pack.from;
   const int last = b.last < pack.to ? b.last : pack.to;
   const bool whole = top == tile && bottom == tile + kTile - 1;  // else some of the 16 rows see nothing
-  return {first / kTile * kTile, last, whole ? b.first : 1, whole ? a.last : 0};
+  return {uniform(first / kTile * kTile), uniform(last), uniform(whole ? b.first : 1), uniform(whole ? a.last : 0)};
 }
 
-HLIP_DEVICE bool all_see(const Seen& seen, int key) { return key >= seen.all_first && key + kTile <= seen.all_last; }
+// Whether they all see `count` rows from `key` on.
+HLIP_DEVICE bool all_see(const Seen& seen, int key, int count = kTile) { return key >= seen.all_first && key + count <= seen.all_last; }
 
 // Puts `value` where a row of a 16 x 16 accumulator, of rows from `tile` on, does not see a column, of those from `column` on. Few
 // accumulators need it: callers branch around it (all_see), which costs less than deciding for each element.

@@ -11,7 +11,7 @@
 // registers, queries and output gradients after each step. Keys are needed to the end; they have two places where there is room.
 #pragma once
 
-#include "pack.cuh"
+#include "whole_segment.cuh"
 
 namespace hlip {
 
@@ -23,32 +23,10 @@ struct WholeArguments {
   bool two_keys;    // room for the keys of two segments
 };
 
-// A segment for one head: patch rows first, then prefix rows. `padded`: a multiple of 16. Lies in shared memory, since the
-// registers are all taken.
-struct Segment {
-  int patch, patches, prefix, rows, padded, head;
-};
-
-HLIP_DEVICE void open_segment(Shared to, const BackwardArguments& a, int item) {
-  const int heads = static_cast<int>(a.heads);
-  const int record = global_load<int>(a.tables.packs + 4 * (item / heads));
-  const int4 own = global_load<int4>(a.tables.records + 8 * record);
-  const int rows = own.y + own.w;
-  shared_store(to, make_int4(own.x, own.y, own.z, rows));
-  shared_store(to + 16, make_int4((rows + kTile - 1) / kTile * kTile, item % heads, 0, 0));
-}
-
-HLIP_DEVICE Segment segment_at(Shared at) {
-  const int4 x = shared_load<int4>(at), y = shared_load<int4>(at + 16);
-  return {x.x, x.y, x.z, x.w, y.x, y.y};
-}
-
 HLIP_DEVICE int padded_at(Shared at) { return shared_load<int>(at + 16); }
 
-HLIP_DEVICE int64_t row_of(const Segment& s, int i) { return i < s.patches ? s.patch + i : s.prefix + (i - s.patches); }
-
 // Where the places of a block lie in shared memory.
-constexpr int kSegments = 4, kSegmentBytes = 32;  // this one, the next, the one after, and one that may still be read
+constexpr int kSegments = 4;  // this one, the next, the one after, and one that may still be read
 
 struct Places {
   Shared stats, exchange, queries, grads, values, outs, keys;  // of the first of two, where there are two
@@ -61,25 +39,6 @@ HLIP_DEVICE Places places(int rows, bool two_keys) {
   const Shared first = kSegments * kSegmentBytes, tiles = first + 2 * stats + 2 * exchange;
   return {first,           first + 2 * stats, tiles, tiles + tile,       tiles + 2 * tile, tiles + 3 * tile,
           tiles + 4 * tile, stats,            exchange, two_keys ? tile : 0};
-}
-
-// Starts copying rows [first, last) of a segment into a tile, as far as it is padded, with zeros beyond its end. `thread`: of
-// `threads` (whole warps) that share the work, each row whole: its chunks lie in different banks, and in one line of a cache.
-template <typename T, int D>
-HLIP_DEVICE void start_segment(Shared tile, const View& x, Shared segment, int first, int last, int thread, int threads) {
-  constexpr int kChunks = D / 8;
-  const Segment s = segment_at(segment);
-  if (last > s.padded) last = s.padded;
-  int i = first + thread / kChunks;
-  const int rows = threads / kChunks;  // a multiple of 8: a chunk stays at its place in the row
-  const int64_t hop = (static_cast<int64_t>(s.prefix) - s.patches - s.patch) * x.row;  // to prefix rows
-  const T* from = static_cast<const T*>(x.at) + s.head * x.head + (static_cast<int64_t>(s.patch) + i) * x.row + thread % kChunks * 8;
-  Shared to = tile + swizzled<D>(i, thread % kChunks);
-#pragma unroll 1
-  for (; i < last; i += rows, from += rows * x.row, to += rows * 2 * D) {
-    const bool live = i < s.rows;  // else the row may lie beyond the tensor, and its address is not given
-    copy_async_16(to, live ? (i < s.patches ? from : from + hop) : x.at, live);
-  }
 }
 
 // Starts copying (log-sum-exp, its gradient) of each row.
@@ -310,17 +269,13 @@ HLIP_KERNEL(kWarps * 32, kBlocks) short_attention_whole_backward(WholeArguments 
   const BackwardArguments& a = whole.of;
   const Places at = places<D, kStep>(whole.rows, whole.two_keys);
   const auto item = [&](int turn) { return static_cast<int>(block_index()) + turn * static_cast<int>(block_count()); };
-  const auto start = [&](Shared tile, const View& x, Shared segment, int first) {
-    start_segment<T, D>(tile, x, segment, first, whole.rows, thread_index_anew(), kThreads);
-  };
   if (block_index() >= whole.items) return;
-  if (thread_index() < 2 && item(thread_index()) < whole.items) open_segment(thread_index() * kSegmentBytes, a, item(thread_index()));
+  if (thread_index() < 2 && item(thread_index()) < whole.items) {
+    open_segment(thread_index() * kSegmentBytes, a.tables, a.heads, item(thread_index()));
+  }
   block_sync();
-  start(at.queries, a.q, 0, 0);
-  start(at.grads, a.grad_out, 0, 0);
-  start(at.values, a.v, 0, 0);
-  start(at.outs, a.out, 0, 0);
-  start(at.keys, a.k, 0, 0);
+  start_segment<T, D, kThreads>({at.queries, at.grads, at.values, at.outs, at.keys}, {&a.q, &a.grad_out, &a.v, &a.out, &a.k},
+                                segment_at(0), 0, whole.rows);
   start_stats<kThreads>(at.stats, a, 0);
   KeyRows<D> own;
 #pragma unroll 1
@@ -335,12 +290,11 @@ HLIP_KERNEL(kWarps * 32, kBlocks) short_attention_whole_backward(WholeArguments 
     open_keys<T, D>(own, padded, keys(0), at.values);
     block_sync();
     if (item(turn + 1) < whole.items) {
-      start(at.values, a.v, segment(1), 0);
-      start(at.outs, a.out, segment(1), 0);
-      if (whole.two_keys) start(keys(1), a.k, segment(1), 0);
+      start_segment<T, D, kThreads>({at.values, at.outs}, {&a.v, &a.out}, segment_at(segment(1)), 0, whole.rows);
+      if (whole.two_keys) start_segment<T, D, kThreads>({keys(1)}, {&a.k}, segment_at(segment(1)), 0, whole.rows);
       start_stats<kThreads>(stats(1), a, segment(1));
       // The one after the next, by a warp that has no keys of short segments.
-      if (thread_index() == kThreads - 1 && item(turn + 2) < whole.items) open_segment(segment(2), a, item(turn + 2));
+      if (thread_index() == kThreads - 1 && item(turn + 2) < whole.items) open_segment(segment(2), a.tables, a.heads, item(turn + 2));
     }
 #pragma unroll 1
     for (int step = 0; step < padded; step += kStep) {
@@ -356,8 +310,7 @@ HLIP_KERNEL(kWarps * 32, kBlocks) short_attention_whole_backward(WholeArguments 
       const int self = thread_index_anew(), unit = (self / 32 + step / kStep * (kWarps - kUnits)) % kWarps, column = unit / kParts * kTile;
       if (item(turn + 1) < whole.items && (kUnits == kWarps || unit >= kUnits)) {
         const int thread = kUnits == kWarps ? self : (unit - kUnits) * 32 + self % 32;
-        start_segment<T, D>(at.queries, a.q, segment(1), step, step + kStep, thread, kCopiers);
-        start_segment<T, D>(at.grads, a.grad_out, segment(1), step, step + kStep, thread, kCopiers);
+        start_segment<T, D, kCopiers>({at.queries, at.grads}, {&a.q, &a.grad_out}, segment_at(segment(1)), step, step + kStep, thread);
       }
       if (unit < kUnits && step + column < padded) {
         make_queries<T, D, kStep>(a, segment(0), keys(0), step + column, exchange, column, unit % kParts);
@@ -366,11 +319,10 @@ HLIP_KERNEL(kWarps * 32, kBlocks) short_attention_whole_backward(WholeArguments 
     close_keys<T, D>(own, a, segment(0));
     if (item(turn + 1) >= whole.items) break;
     const int done = (padded + kStep - 1) / kStep * kStep;
-    start(at.queries, a.q, segment(1), done);
-    start(at.grads, a.grad_out, segment(1), done);
+    start_segment<T, D, kThreads>({at.queries, at.grads}, {&a.q, &a.grad_out}, segment_at(segment(1)), done, whole.rows);
     if (!whole.two_keys) {
       block_sync();  // nobody reads the keys any more
-      start(at.keys, a.k, segment(1), 0);
+      start_segment<T, D, kThreads>({at.keys}, {&a.k}, segment_at(segment(1)), 0, whole.rows);
     }
   }
 }

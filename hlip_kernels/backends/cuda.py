@@ -10,8 +10,6 @@ from .base import Backend, Query, Support, aligned
 from .cuda_whole import whole, whole_rows
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
-KEYS = (144, 208, 272)  # so many logits a row the forward kernels hold in registers; as in csrc/short_attention/arguments.h
-MAX_KEYS = KEYS[-1]
 # Bytes of shared memory a block may use, by compute capability (CUDA programming guide, "Technical Specifications").
 SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10,
                  (10, 0): 227 << 10, (10, 3): 227 << 10, (11, 0): 227 << 10, (12, 0): 99 << 10, (12, 1): 99 << 10}  # fmt: skip
@@ -23,10 +21,9 @@ def shared_memory(capability: tuple[int, int]) -> int:
 
 
 def max_rows(head_dim: int, capability: tuple[int, int]) -> int:
-    """The longest segment, prefix rows counted, that both kernels can hold."""
-    shared = shared_memory(capability)
-    backward = shared // (16 + 8 * head_dim)  # bytes a row: its map and statistics, then q, k, v and the output gradient
-    return min(MAX_KEYS, backward // 16 * 16)
+    """The longest segment, prefix rows counted, that the kernels of both passes can hold."""
+    # Bytes a row, backward, where more is held: its map and statistics, then q, k, v and the output gradient.
+    return shared_memory(capability) // (16 + 8 * head_dim) // 16 * 16
 
 
 class CudaBackend(Backend):

@@ -256,6 +256,10 @@ void different_places_of_one_collective() {
   });
 }
 
+void value_that_is_not_uniform() {
+  require_kernel_error({"not uniform", "lane 9 has 1 and lane 0 0", "at bad_kernels.h:"}, 32, 0, [] { uniform(lane_index() == 9); });
+}
+
 void lane_exits_before_collective() {
   require_kernel_error({"deadlock", "threads 0-3,5-31 wait in shuffle_xor at bad_kernels.h:", "threads 4 exited"}, 32, 0, [] {
     if (lane_index() != 4) shuffle_xor(1, 1);

@@ -101,6 +101,12 @@ void shuffle() {
   }
 }
 
+void uniform_values() {
+  for (uint64_t seed = 0; seed < kSeeds; ++seed) {
+    emulate(2, 64, 0, seed, [] { require(uniform(7 + warp_index()) == 7 + warp_index(), "another value"); });
+  }
+}
+
 void copies() {
   alignas(16) float x[4 * 64];
   for (int i = 0; i < 256; ++i) x[i] = static_cast<float>(i);

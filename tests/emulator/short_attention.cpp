@@ -12,13 +12,13 @@ using namespace hlip;
 template <typename Arguments, typename Choose>
 int run(const Arguments& a, const Extent& extent, uint64_t seed, char* reason, size_t size, Choose choose) {
   try {
-    bool found = choose([&](auto kernel, const auto& arguments, const Launch& launch) {
+    const bool found = choose([&](auto kernel, const auto& arguments, const Launch& launch) {
       // Blocks that take one piece of work after the other: so few that most take several.
       const int64_t few = 1 + static_cast<int64_t>(seed % 3);
       const int64_t blocks = launch.resident > 0 ? std::min(launch.items, few) : launch.items;
       emulate(blocks, launch.threads, static_cast<uint32_t>(launch.bytes), seed, [&] { kernel(arguments); });
     });
-    if (!found) throw std::runtime_error("no kernel for " + std::to_string(extent.keys) + " keys");
+    if (!found) throw std::runtime_error("no kernel for " + std::to_string(extent.packs) + " packs");
     check_writes();
   } catch (const std::exception& error) {
     std::snprintf(reason, size, "%s", error.what());
