@@ -223,6 +223,25 @@ def test_monochrome1_is_inverted(tmp_path):
     assert "MONOCHROME1" in scan.notes[0]
 
 
+@pytest.mark.parametrize("tags", [dict(Modality="CT"), dict(Modality="PT"), dict(Modality="OT", RescaleType="HU")])
+def test_measured_values_are_not_inverted(tmp_path, tags):
+    stack(tmp_path, [0, 1, 2], RescaleIntercept=-1024, RescaleSlope=1, PhotometricInterpretation="MONOCHROME1", **tags)
+    (scan,) = read_study(tmp_path).scans
+    np.testing.assert_array_equal(array(scan), np.stack([plane(i) - 1024 for i in range(3)]))
+    assert scan.notes == []
+
+
+def test_only_the_slices_that_are_monochrome1_are_inverted(tmp_path):
+    shown = np.stack([plane(i) for i in range(4)])
+    shown[:, 0, 0] = 0  # black somewhere in every slice
+    for i, values in enumerate(shown):
+        kind, stored = ("MONOCHROME1", 500 - values) if i % 2 else ("MONOCHROME2", values)
+        dicom(tmp_path / str(i), stored, ImagePositionPatient=[0, 0, i], PhotometricInterpretation=kind)
+    (scan,) = read_study(tmp_path).scans
+    np.testing.assert_array_equal(array(scan), shown)
+    assert scan.notes == ["2 of 4 slices stored with black and white swapped (MONOCHROME1): inverted"]
+
+
 def test_ct_without_negative_values_is_noted(tmp_path):
     stack(tmp_path, [0, 1, 2], Modality="CT")
     assert "may not be Hounsfield units" in read_study(tmp_path).scans[0].notes[0]
@@ -243,7 +262,7 @@ def test_data_sets_without_preamble_and_file_meta(tmp_path, syntax):
 
 def test_compressed_pixels_are_rescaled_once_and_checked(tmp_path):
     for i in range(4):
-        compressed(tmp_path / str(i), plane(i, (32, 24), np.uint16), ImagePositionPatient=[0, 0, i], Modality="CT",
+        compressed(tmp_path / str(i), plane(i, (32, 24), np.uint16), ImagePositionPatient=[0, 0, i],
                    RescaleSlope=2, RescaleIntercept=-1000, PhotometricInterpretation="MONOCHROME1")  # fmt: skip
     (scan,) = read_study(tmp_path).scans
     values = np.stack([plane(i, (32, 24)) * 2 - 1000 for i in range(4)])

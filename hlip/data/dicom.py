@@ -44,7 +44,7 @@ _PLAIN_TAGS = (
     "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription ProtocolName "
     "StudyDescription BodyPartExamined Modality PatientID ImageType Rows Columns NumberOfFrames SamplesPerPixel "
     "PhotometricInterpretation ImageOrientationPatient ImagePositionPatient PixelSpacing RescaleSlope "
-    "RescaleIntercept InstanceNumber SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
+    "RescaleIntercept RescaleType InstanceNumber SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
 ).split()
 _TAGS = [*_PLAIN_TAGS, *{keyword for _, keywords in TELLERS for keyword in keywords}]
 
@@ -64,6 +64,8 @@ _NOT_IMAGES = {
     "DOC": "a document",
 }
 _NOT_STACKS = set("CR DX MG IO PX RF US IVUS ES XC GM SM OP OPT ECG HD".split())
+# Modalities and units whose values are measurements. MONOCHROME1 says how to show them: bone is 1000 HU in white and in black.
+_MEASURED = {"CT", "PT", "HU"}
 _SCOUT_WORDS = {"LOCALIZER", "SCOUT", "SURVEY", "SURVIEW", "TOPOGRAM"}
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 # pydicom inflates the whole file at once, to up to about 1000 times its size.
@@ -270,6 +272,7 @@ def _slice(path: Path, frame: int, rows: int, columns: int, get: Callable[[str],
     if max(abs(math.hypot(*row) - 1), abs(math.hypot(*column) - 1), abs(across)) > 0.01:
         raise NotASlice("orientation in the header is not two unit vectors at a right angle (ImageOrientationPatient)")
     slope, intercept = _number(get("RescaleSlope")), _number(get("RescaleIntercept"))
+    measured = {_text(get("Modality")).upper(), _text(get("RescaleType")).upper()} & _MEASURED
     return Slice(
         path=path,
         frame=frame,
@@ -281,7 +284,7 @@ def _slice(path: Path, frame: int, rows: int, columns: int, get: Callable[[str],
         pixel_spacing=spacing,
         slope=slope or 1.0,  # a slope of 0 would wipe the image: such headers mean "none"
         intercept=intercept or 0.0,
-        inverted=_text(get("PhotometricInterpretation")).upper() == "MONOCHROME1",
+        inverted=not measured and _text(get("PhotometricInterpretation")).upper() == "MONOCHROME1",
         instance=_integer(get("InstanceNumber")) or 0,
         tellers=tuple(_teller(get, keywords) for _, keywords in TELLERS),
     )

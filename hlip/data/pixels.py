@@ -76,9 +76,11 @@ def read_stack(stack: Stack, limits: Limits) -> tuple[Scan | None, list[Skipped]
     if lost := len(stack.slices) - len(slices):
         notes.append(f"{lost} of {len(stack.slices)} slices left out: their pixels could not be decoded")
     voxels = _rescaled(planes, [(s.slope, s.intercept) for s in slices])
-    if any(s.inverted for s in slices):
-        notes.append("stored with black and white swapped (MONOCHROME1): inverted")
-        voxels = _inverted(voxels)
+    inverted = np.array([s.inverted for s in slices])
+    if inverted.any():
+        some = "" if inverted.all() else f"{inverted.sum()} of {len(slices)} slices "
+        notes.append(f"{some}stored with black and white swapped (MONOCHROME1): inverted")
+        voxels = _inverted(voxels, inverted)
     if header.modality == "CT" and voxels.min() >= 0:
         notes.append("no value below 0: these may not be Hounsfield units")
     voxels = finite(voxels, notes)
@@ -152,11 +154,15 @@ def _rescaled(planes: list[np.ndarray], scales: list[tuple[float, float]]) -> np
     return voxels.astype(np.int16) if small.min <= voxels.min() and voxels.max() <= small.max else voxels
 
 
-def _inverted(voxels: np.ndarray) -> np.ndarray:
+def _inverted(voxels: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """These slices turned over in the range of all: black of the one kind of slice becomes that of the other."""
     low, high = voxels.min(), voxels.max()
+    turned = voxels.copy()
     if voxels.dtype.kind == "f":
-        return (low + high) - voxels
-    return (int(low) + int(high) - voxels.astype(np.int64)).astype(voxels.dtype)
+        turned[which] = (low + high) - voxels[which]
+    else:
+        turned[which] = int(low) + int(high) - voxels[which].astype(np.int64)
+    return turned
 
 
 def stored_pixels(path: Path, rows: int, columns: int) -> np.ndarray:
