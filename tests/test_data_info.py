@@ -21,6 +21,15 @@ def test_a_study_that_cannot_be_prepared_does_not_end_the_list(tmp_path, capsys)
     assert "no preset named 'brain': choose one of auto, mri, " in capsys.readouterr().err
 
 
+def test_scans_of_another_modality_are_named(tmp_path, capsys):
+    for name in ("ct lung", "ct chest", "pet"):
+        volume(tmp_path / f"{name}.nii.gz", (5, 12, 10), (30.0, 30.0, 4.0))
+    assert main(["info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "prepared as 'chest-ct-ragged': the name says \"ct\"" in out and out.count("values as for") == 1
+    assert "pet: prepared as 'chest-ct-ragged, values as for mri': no modality in the file, and no values like" in out
+
+
 def test_follow_links(tmp_path, capsys):
     volume(tmp_path / "store" / "t1.nii.gz", (7, 40, 36), (1.0, 1.0, 4.0))
     (tmp_path / "split").mkdir()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from data_files import DATA, real
 
-from hlip.data import PRESETS, Preset, Scan, Study, Window, auto_preset, prepare, read_study
+from hlip.data import PRESETS, Preset, Scan, Study, Window, auto_preset, prepare, read_study, scan_presets
 
 LPS = (1, 0, 0, 0, 1, 0, 0, 0, 1)
 
@@ -301,6 +301,33 @@ def test_guess_from_values_and_for_a_study(tmp_path):
     guess = auto_preset(Study([ct, mr, mr], [], tmp_path))
     assert guess.preset == "mri" and "2 of 3 scans; others: chest-ct-ragged" in guess.reason
     assert auto_preset(Study([], [], tmp_path)).preset == "mri"
+
+
+def test_values_are_scaled_as_suits_each_scan_and_sizes_as_suits_the_study(tmp_path):
+    ct = scan(noise((4, 10, 10)) - 1000, (3, 38, 38), modality="CT", name="lung")
+    pet, mr = scan(noise((4, 10, 10)), (3, 38, 38), modality="PT"), scan(noise((4, 10, 10)), modality="MR")
+    chest, mri = PRESETS["chest-ct-ragged"], PRESETS["mri"]
+    first, second, third = scan_presets(Study([ct, ct, pet], [], tmp_path))
+    assert first == second == chest
+    assert third == replace(chest, name=third.name, percentiles=mri.percentiles, windows=())
+    assert third.name == "chest-ct-ragged, values as for mri"
+    (prepared,) = prepare(pet, third)
+    assert prepared.voxels.shape == prepare(ct, first)[0].voxels.shape and len(prepared.voxels.unique()) > 1000
+    assert scan_presets(Study([mr, pet, ct], [], tmp_path))[:2] == [mri, mri]
+    assert scan_presets(Study([mr, pet, ct], [], tmp_path))[2].windows == chest.windows
+    names = {"mri": "mri-published-48", "head-ct": "head-ct-published-48", "chest-ct-ragged": "head-ct-published-48"}
+    named = scan_presets(Study([mr, pet, ct], [], tmp_path), names)
+    assert named[0] == PRESETS["mri-published-48"] and named[2].windows == PRESETS["head-ct"].windows
+    assert scan_presets(Study([], [], tmp_path)) == []
+
+
+def test_windows_of_a_ct_among_others_follow_its_header_but_not_its_size(tmp_path):
+    chest = scan(noise((4, 10, 10)), (3, 38, 38), modality="CT", body_part="CHEST")
+    small = scan(noise((4, 10, 10)), (3, 20, 20), modality="CT")
+    head = scan(noise((4, 10, 10)), (3, 20, 20), modality="CT", body_part="HEAD")
+    presets = scan_presets(Study([chest, chest, chest, small, head], [], tmp_path))
+    assert [p.windows for p in presets] == [PRESETS["chest-ct-ragged"].windows] * 4 + [PRESETS["head-ct"].windows]
+    assert len({(p.crop, p.dtype) for p in presets}) == 1
 
 
 # --- real data -----------------------------------------------------------------------------------------------------

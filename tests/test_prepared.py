@@ -92,6 +92,16 @@ def test_presets_by_guess_and_unknown_ones(folder):
         FolderStudies(folder, preset="mir", need_reports=False)
 
 
+def test_a_study_of_several_modalities_keeps_them_all(tmp_path):
+    for name in ("ct lung", "ct chest", "pet"):
+        volume(tmp_path / f"{name}.nii.gz", (5, 12, 10), (30.0, 30.0, 4.0))
+    scans, max_value = prepare_study(tmp_path)
+    assert max_value == 1 and {scan.dtype for scan in scans} == {torch.float32}
+    white = [(scan == 1).sum() / (scan > 0).sum() for scan in scans]
+    assert white[0] > 0.5 and white[1] > 0.5 and white[2] < 0.05  # of 0 to 1000, all above 350 is white in a chest window
+    assert torch.equal(prepare_study(tmp_path, "chest-ct-ragged")[0][1], scans[1])
+
+
 def test_limits_of_reading_are_kept_apart(folder, tmp_path):
     """What was stored with one limit is not taken for another."""
     thin = [FolderStudies(folder, preset="mri", cache=tmp_path / "cache", need_reports=False, min_slices=n) for n in (3, 6)]

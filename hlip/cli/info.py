@@ -6,7 +6,7 @@ import sys
 
 from hlip_kernels import patch_grids
 
-from ..data import PRESETS, Study, StudyError, auto_preset, prepare, read_study
+from ..data import PRESETS, Study, StudyError, auto_preset, prepare, read_study, scan_presets
 from ..data.study import clean_text
 from ..model import variant
 from .paths import studies_at
@@ -42,10 +42,13 @@ def _print_prepared(study: Study, preset: str, patch: tuple[int, int, int]) -> i
     """One line for each prepared volume; returns their tokens."""
     name, reason = (preset, "as asked") if preset != "auto" else auto_preset(study)
     print(f"  prepared as {name!r}: {reason}")
+    presets = scan_presets(study) if preset == "auto" else [PRESETS[name]] * len(study)
     tokens = 0
-    for scan in study.scans:
+    for scan, own in zip(study.scans, presets, strict=True):
+        if own.name != name:
+            print(f"    {scan.name}: prepared as {own.name!r}: {auto_preset(scan).reason}")
         try:
-            volumes = prepare(scan, name)
+            volumes = prepare(scan, own)
         except ValueError as error:
             raise ValueError(f"{scan.name}: {error}") from None
         for prepared in volumes:

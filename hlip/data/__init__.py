@@ -1,7 +1,7 @@
 """Data: reading studies from disk and preparing their scans for the model."""
 
 from .find import find_studies
-from .guess import Guess, auto_preset
+from .guess import Guess, auto_preset, scan_presets
 from .preprocess import PRESETS, Prepared, Preset, Window, prepare
 from .read import iter_study, read_study
 from .study import Limits, Scan, Skipped, Study, StudyError
@@ -22,4 +22,5 @@ __all__ = [
     "iter_study",
     "prepare",
     "read_study",
+    "scan_presets",
 ]

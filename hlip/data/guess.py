@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import SimpleITK as sitk
 
+from .preprocess import PRESETS, Preset
 from .study import Scan, Study
 
 _HEAD = "head brain skull cranial cranium cerebral neuro orbit sinus temporal kopf schaedel schädel crane crâne cabeza"
@@ -46,8 +49,36 @@ def auto_preset(what: Study | Scan) -> Guess:
     return Guess(best, reason)
 
 
+def scan_presets(study: Study, names: Mapping[str, str] | None = None) -> list[Preset]:
+    """The guessed preset of each scan of a study.
+
+    Geometry, sizes and type are those of the study's preset. Values are scaled as suits the scan itself: the window of a
+    CT would leave nothing of the PET or MR beside it. Which windows a CT gets among others depends on the part of the
+    body in its header or name; where only its size could tell, they are those of the study.
+
+    Args:
+        names: the name of the preset to take for each guess; None: the guess itself.
+    """
+    of_study = auto_preset(study).preset
+    found = []
+    for scan in study.scans:
+        own = _of_scan(scan).preset
+        if "mri" not in (own, of_study) and not any(_words(scan) & words for words in _WORDS.values()):
+            own = of_study
+        base, values = (PRESETS[names[name] if names else name] for name in (of_study, own))
+        if (base.percentiles, base.windows) != (values.percentiles, values.windows):
+            name = f"{base.name}, values as for {values.name}"
+            base = replace(base, name=name, percentiles=values.percentiles, windows=values.windows)
+        found.append(base)
+    return found
+
+
+def _words(scan: Scan) -> set[str]:
+    return set(re.findall(r"[^\W\d_]+\d?[^\W\d_]*", f"{scan.name} {scan.body_part}".lower()))
+
+
 def _of_scan(scan: Scan) -> Guess:
-    words = set(re.findall(r"[^\W\d_]+\d?[^\W\d_]*", f"{scan.name} {scan.body_part}".lower()))
+    words = _words(scan)
     if scan.modality not in ("CT", ""):
         why = "modality MR" if scan.modality == "MR" else f"there is no preset for modality {scan.modality}"
         return Guess("mri", why)

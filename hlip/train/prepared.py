@@ -17,23 +17,22 @@ def prepare_study(path: Path, preset: str | Mapping[str, str] = "auto", **limits
 
     Args:
         path: a folder or a file.
-        preset: a name in ``hlip.data.PRESETS``; ``"auto"``: what :func:`hlip.data.auto_preset` guesses; a mapping: what it
-            gives for the guess.
+        preset: a name in ``hlip.data.PRESETS``, for all scans; ``"auto"``: what :func:`hlip.data.scan_presets` guesses; a
+            mapping: what it gives for the guess.
         limits: of reading, see :class:`hlip.data.Limits`.
 
     Returns:
         Tensors ``(D, H, W)`` of one dtype, and the stored value that means 1.
     """
-    from ..data import PRESETS, auto_preset, prepare, read_study
+    from ..data import PRESETS, prepare, read_study, scan_presets
 
     study = read_study(path, **limits)
     if isinstance(preset, str) and preset != "auto":
-        name = preset
+        presets = [PRESETS[preset]] * len(study)
     else:
-        guess = auto_preset(study).preset
-        name = guess if preset == "auto" else preset[guess]
-    scans = [prepared.voxels for scan in study.scans for prepared in prepare(scan, name)]
-    return scans, float(PRESETS[name].max_value)
+        presets = scan_presets(study, None if preset == "auto" else preset)
+    scans = [p.voxels for scan, own in zip(study.scans, presets, strict=True) for p in prepare(scan, own)]
+    return scans, presets[0].max_value
 
 
 class PreparedCache:
@@ -69,7 +68,7 @@ def _key(path: Path, preset: str | Mapping[str, str], limits: Mapping) -> str:
     stamp = "|".join(f"{p.relative_to(path)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
     kind = preset if isinstance(preset, str) else sorted(preset.items())
     how = f"{sorted(limits.items())}|" if limits else ""
-    text = f"1|{how}{kind}|{path.resolve()}|{stamp}"
+    text = f"2|{how}{kind}|{path.resolve()}|{stamp}"
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]  # names need not be UTF-8
 
 
