@@ -81,7 +81,7 @@ def test_everything_that_is_no_scan_is_named_and_the_scan_is_kept(tmp_path, capf
         ".hidden": "a hidden file",
     }.items():
         assert f"{name}: {reason}" in text
-    assert len(study.skipped) == 17
+    assert len(study.skipped) == 17 and study.warning() == ""
     assert capfd.readouterr() == ("", "")
 
 
@@ -113,6 +113,7 @@ def test_truncated_slices_are_dropped_with_a_note(tmp_path):
     np.testing.assert_array_equal(array(scan), np.stack([plane(i) for i in (0, 1, 3, 4, 5)]))
     assert "1 of 6 slices left out: their pixels could not be decoded" in scan.notes and scan.files == 5
     assert "s2: scan: pixel data cut short" in reasons(study)
+    assert study.warning() == "1 file could not be read: 1 x scan: pixel data cut short"
 
 
 def test_a_damaged_series_does_not_harm_the_others(tmp_path):

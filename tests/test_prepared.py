@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from data_files import volume
+from data_files import stack, volume
 from torch.utils.data import DataLoader
 
 pytest.importorskip("open_clip")
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from hlip.train import prepared
 from hlip.train.examples import FolderStudies
-from hlip.train.prepared import prepare_study
+from hlip.train.prepared import PreparedStudy, prepare_study
 
 
 @pytest.fixture
@@ -57,6 +57,28 @@ def test_a_broken_study_is_named_once_by_all_workers(folder, capfd):
     assert capfd.readouterr().err.count("b left out") == 1
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_study_read_in_part_or_of_two_patients_is_named_once_by_all_workers(folder, tmp_path, capfd, cached):
+    (folder / "b" / "t2.nii.gz").write_bytes(b"broken")
+    (folder / "b" / "notes.txt").write_text("nothing that a scan could be part of")
+    for i, patient in enumerate(["p1", "p2"]):
+        stack(folder / "c", [0, 1, 2], name=patient, PatientID=patient, SeriesInstanceUID=f"1.{i}")
+    said = logging.StreamHandler()
+    logging.getLogger("hlip").addHandler(said)
+    try:
+        for _ in range(2):  # the second time what was cached is used
+            studies = FolderStudies(folder, preset="mri", cache=tmp_path / "cache" if cached else "", need_reports=False)
+            for _ in range(2):
+                loaded = list(DataLoader(studies, batch_size=None, num_workers=2, collate_fn=lambda example: example))
+            assert [len(example.scans) for example in loaded] == [1, 1, 3]
+            assert sorted(capfd.readouterr().err.splitlines()) == [
+                "b: 1 file could not be read: 1 x not a NIfTI file (empty, damaged, or another format)",
+                "c: files of 2 different patients (PatientID), read as one study: separate them",
+            ]
+    finally:
+        logging.getLogger("hlip").removeHandler(said)
+
+
 def test_a_cache_folder_that_is_a_file(folder, tmp_path, caplog):
     (tmp_path / "cache").write_text("")
     with caplog.at_level(logging.WARNING):
@@ -77,14 +99,14 @@ def test_a_damaged_cache_file_is_made_anew(folder, tmp_path):
 
 def test_names_need_not_be_utf8(folder, tmp_path, monkeypatch):
     os.rename(os.fsencode(folder / "a"), os.fsencode(folder) + b"/Andr\xe9")
-    monkeypatch.setattr(prepared, "prepare_study", lambda path, preset: ([torch.ones(2, 2, 2)], 1.0))
+    monkeypatch.setattr(prepared, "prepare_study", lambda path, preset: PreparedStudy([torch.ones(2, 2, 2)], 1.0))
     studies = FolderStudies(folder, preset="mri", cache=tmp_path / "cache", need_reports=False)
     assert all(studies[i] is not None for i in range(3)) and len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_presets_by_guess_and_unknown_ones(folder):
-    whole, _ = prepare_study(folder / "a", "auto")
-    sliced, _ = prepare_study(folder / "a", {"mri": "mri-published-48"})
+    whole, *_ = prepare_study(folder / "a", "auto")
+    sliced, *_ = prepare_study(folder / "a", {"mri": "mri-published-48"})
     assert len(whole[0]) != 48 and len(sliced[0]) == 48
     with pytest.raises(ValueError, match="min_slices must be at least 1"):
         FolderStudies(folder, need_reports=False, min_slices=0)
@@ -95,7 +117,7 @@ def test_presets_by_guess_and_unknown_ones(folder):
 def test_a_study_of_several_modalities_keeps_them_all(tmp_path):
     for name in ("ct lung", "ct chest", "pet"):
         volume(tmp_path / f"{name}.nii.gz", (5, 12, 10), (30.0, 30.0, 4.0))
-    scans, max_value = prepare_study(tmp_path)
+    scans, max_value, _ = prepare_study(tmp_path)
     assert max_value == 1 and {scan.dtype for scan in scans} == {torch.float32}
     white = [(scan == 1).sum() / (scan > 0).sum() for scan in scans]
     assert white[0] > 0.5 and white[1] > 0.5 and white[2] < 0.05  # of 0 to 1000, all above 350 is white in a chest window

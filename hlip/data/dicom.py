@@ -76,6 +76,10 @@ class NotASlice(ValueError):
     """A file that is not part of a scan; the message says why."""
 
 
+class BrokenFile(NotASlice):
+    """A file that does not parse, or contradicts itself: it may be part of a scan."""
+
+
 @dataclass(frozen=True)
 class Slice:
     """One slice: a classic file, or one frame of a multi-frame file. Geometry in mm, patient coordinates (LPS)."""
@@ -150,7 +154,7 @@ def read_header(path: Path, max_voxels: int) -> Header:
         except NotASlice:
             raise
         except Exception as error:  # pydicom raises many kinds on damaged files
-            raise NotASlice(f"damaged DICOM file ({clean_text(error, 120) or type(error).__name__})") from None
+            raise BrokenFile(f"damaged DICOM file ({clean_text(error, 120) or type(error).__name__})") from None
         _refuse_other_objects(dataset)
         return _header(path, dataset, max_voxels)
 
@@ -222,14 +226,14 @@ def _frame_getters(dataset: Dataset) -> list[Callable[[str], object]]:
     shared = dataset.get("SharedFunctionalGroupsSequence") or []
     frames = _integer(_getter(dataset)("NumberOfFrames"))
     if frames is None and "NumberOfFrames" in dataset:
-        raise NotASlice("its number of frames is not a number")
+        raise BrokenFile("its number of frames is not a number")
     frames = 1 if frames is None else frames
     if len(per_frame) == 0:
         if frames != 1:
             raise NotASlice(f"{frames} frames without position: the header does not say where each one lies")
         return [_getter(dataset, *(_flatten(item) for item in shared[:1]))]
     if len(per_frame) != frames:
-        raise NotASlice(f"damaged header: {frames} frames, but {len(per_frame)} frame descriptions")
+        raise BrokenFile(f"damaged header: {frames} frames, but {len(per_frame)} frame descriptions")
     common = [_flatten(item) for item in shared[:1]]
     return [_getter(dataset, *common, _flatten(item)) for item in per_frame]
 

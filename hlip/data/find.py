@@ -17,6 +17,10 @@ BIDS_FOLDERS = {"anat", "dwi", "func", "fmap", "perf", "pet", "swi"}
 
 # The end of the reason why a link is passed over: how to have it followed.
 NOT_FOLLOWED = "not followed (follow_links does: --follow-links; data.follow_links in a config; a parameter in Python)"
+_NOT_FETCHED = "its content has not been fetched (git-annex or DataLad: git annex get, datalad get)"
+_BROKEN_LINK, _CANNOT_OPEN = "a broken link", "the file cannot be opened"
+# The ends of reasons for which part of a scan may be missing.
+_MAYBE_SCANS = (NOT_FOLLOWED, _NOT_FETCHED, _BROKEN_LINK, _CANNOT_OPEN)
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +60,16 @@ def list_files(root: Path, follow_links: bool = False) -> tuple[list[Path], list
     seen: set[Path] = set()  # where links have led, so that loops end
 
     def failed(error: OSError) -> None:
-        skipped.append(Skipped(Path(error.filename or root), f"folder cannot be opened: {clean_text(error.strerror)}"))
+        skipped.append(
+            Skipped(Path(error.filename or root), f"folder cannot be opened: {clean_text(error.strerror)}", broken=True)
+        )
 
     for folder, subfolders, names in os.walk(root, onerror=failed, followlinks=follow_links):
         kept = []
         for name in sorted(subfolders):
             reason = _why_not_folder(Path(folder, name), home, follow_links, seen)
             if reason:
-                skipped.append(Skipped(Path(folder, name), reason))
+                skipped.append(Skipped(Path(folder, name), reason, broken=reason.endswith(_MAYBE_SCANS)))
             else:
                 kept.append(name)
         subfolders[:] = kept
@@ -71,7 +77,7 @@ def list_files(root: Path, follow_links: bool = False) -> tuple[list[Path], list
             path = Path(folder, name)
             reason = _why_not_file(path, home / path.relative_to(root), home, follow_links, seen)
             if reason:
-                skipped.append(Skipped(path, reason))
+                skipped.append(Skipped(path, reason, broken=reason.endswith(_MAYBE_SCANS)))
             else:
                 files.append(path)
     return files, skipped
@@ -105,7 +111,7 @@ def _why_not_file(path: Path, plain: Path, home: Path, follow_links: bool, seen:
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):
-        return _broken(path) if path.is_symlink() else "the file cannot be opened"
+        return _broken(path) if path.is_symlink() else _CANNOT_OPEN
     linked = target != plain
     if linked and not follow_links and not target.is_relative_to(home):
         return f"a link that leaves the study folder: {NOT_FOLLOWED}"
@@ -125,8 +131,8 @@ def _is_met(target: Path, home: Path) -> bool:
 
 def _broken(path: Path) -> str:
     if "annex" in Path(os.readlink(path)).parts:
-        return "its content has not been fetched (git-annex or DataLad: git annex get, datalad get)"
-    return "a broken link"
+        return _NOT_FETCHED
+    return _BROKEN_LINK
 
 
 def find_studies(paths: str | os.PathLike | Iterable[str | os.PathLike], *, follow_links: bool = False) -> list[Path]:

@@ -85,7 +85,7 @@ def read_stack(stack: Stack, limits: Limits) -> tuple[Scan | None, list[Skipped]
         notes.append("no value below 0: these may not be Hounsfield units")
     voxels = finite(voxels, notes)
     if voxels is None:
-        return None, [*skipped, Skipped(first.path, f"{header.name}: no finite value in it", stack.files)]
+        return None, [*skipped, Skipped(first.path, f"{header.name}: no finite value in it", stack.files, broken=True)]
     image = sitk.GetImageFromArray(voxels)
     height = heights(slices)
     between = float(np.median(np.diff(height))) if len(slices) > 1 else 1.0
@@ -111,7 +111,7 @@ def _one_per_reason(failed: dict[Path, str], name: str) -> list[Skipped]:
     by_reason: dict[str, list[Path]] = {}
     for path, reason in failed.items():
         by_reason.setdefault(reason, []).append(path)
-    return [Skipped(min(paths), f"{name}: {reason}", len(paths)) for reason, paths in by_reason.items()]
+    return [Skipped(min(paths), f"{name}: {reason}", len(paths), broken=True) for reason, paths in by_reason.items()]
 
 
 def _direction(s: Slice) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from .dicom import Header, NotASlice, looks_like_dicom, read_header
+from .dicom import BrokenFile, Header, NotASlice, looks_like_dicom, read_header
 from .find import VOLUME_SUFFIXES, is_label_name, is_volume, list_files, stem
 from .pixels import read_stack
 from .series import Stack, stacks_of
@@ -103,9 +103,9 @@ def _classify(file: Path, root: Path, bounds: Limits) -> Header | Skipped | None
     try:
         return read_header(file, bounds.max_voxels)
     except NotASlice as error:
-        return Skipped(file, str(error))
+        return Skipped(file, str(error), broken=isinstance(error, BrokenFile))
     except Exception as error:  # the file vanished, is locked, ...
-        return Skipped(file, f"cannot be read ({clean_text(error, 120) or type(error).__name__})")
+        return Skipped(file, f"cannot be read ({clean_text(error, 120) or type(error).__name__})", broken=True)
 
 
 def _notes_on(headers: list[Header]) -> list[str]:
@@ -142,7 +142,7 @@ def _load_stack(stack: Stack, bounds: Limits) -> list[Scan | Skipped]:
         scan, skipped = read_stack(stack, bounds)
     except Exception as error:  # out of memory, geometry that SimpleITK refuses, ...
         reason = f"{stack.header.name}: cannot be read ({clean_text(error, 120) or type(error).__name__})"
-        return [Skipped(stack.slices[0].path, reason, stack.files)]
+        return [Skipped(stack.slices[0].path, reason, stack.files, broken=True)]
     return [*skipped, *([] if scan is None else [scan])]
 
 

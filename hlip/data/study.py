@@ -54,11 +54,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that was found but not read: where (the first file, if there are several), why, how many files."""
+    """Something that was found but not read: where (the first file, if there are several), why, how many files.
+
+    ``broken``: it may be part of a scan, but could not be read; else it is of a kind that is left out.
+    """
 
     path: Path
     reason: str
     files: int = 1
+    broken: bool = False
 
     def __str__(self) -> str:
         more = f" and {self.files - 1} more" if self.files > 1 else ""
@@ -126,6 +130,15 @@ class Study:
 
     def __len__(self) -> int:
         return len(self.scans)
+
+    def warning(self) -> str:
+        """In one line, for a log of many studies: that it may be several studies, or that part of it cannot be read."""
+        broken = [item for item in self.skipped if item.broken]
+        parts = list(self.notes)
+        if broken:
+            reasons = "; ".join(line.strip() for line in summarise(broken, 3).splitlines())
+            parts.append(f"{count(sum(item.files for item in broken), 'file')} could not be read: {reasons}")
+        return "; ".join(parts)
 
     def __str__(self) -> str:
         lines = [f"{clean_text(str(self.path), 400)}: {count(len(self), 'scan')}, {len(self.skipped)} left out"]

@@ -29,6 +29,10 @@ class VolumeError(ValueError):
     """A volume file that cannot be read; the message says why."""
 
 
+class _Unwanted(VolumeError):
+    """Not a scan, or beyond the limits: nothing is wrong with the file."""
+
+
 class _ShearedAxes(VolumeError):
     """ITK refuses axes that are not at right angles unless told otherwise."""
 
@@ -45,10 +49,11 @@ def read_volume(path: Path, uid: str, limits: Limits) -> list[Scan | Skipped]:
             with _sheared_axes_allowed():
                 return _read(path, uid, limits, [str(error)])
     except (VolumeError, MetaImageError, NiftiError, NrrdError) as error:
-        return [Skipped(path, str(error))]
+        return [Skipped(path, str(error), broken=not isinstance(error, _Unwanted))]
     except Exception as error:  # SimpleITK, memory, file system
         lines = str(error).strip().splitlines()
-        return [Skipped(path, f"cannot be read ({clean_text(lines[-1] if lines else type(error).__name__, 120)})")]
+        why = f"cannot be read ({clean_text(lines[-1] if lines else type(error).__name__, 120)})"
+        return [Skipped(path, why, broken=True)]
 
 
 def _read(path: Path, uid: str, limits: Limits, notes: list[str]) -> list[Scan | Skipped]:
@@ -83,7 +88,7 @@ def _scans(
         title = f"{name} [{i}]" if volumes > 1 else name
         image = _finite(_volume(reader, size, i), bad[bad // each == i] % each, own)
         if image is None:
-            found.append(Skipped(path, f"{title}: no finite value in it"))
+            found.append(Skipped(path, f"{title}: no finite value in it", broken=True))
         else:
             found.append(Scan(image, title, notes=own, uid=uid, volume=i, path=path))
     if volumes > kept:
@@ -143,13 +148,13 @@ def _sheared_axes_allowed() -> Iterator[None]:
 def _refuse_other_shapes(size: list[int], components: int, limits: Limits) -> None:
     shape = " x ".join(map(str, size))
     if components > 1:
-        raise VolumeError(f"{components} values per voxel (colour, vector or complex): not a scan")
+        raise _Unwanted(f"{components} values per voxel (colour, vector or complex): not a scan")
     if len(size) > 4:
-        raise VolumeError(f"{len(size)} dimensions ({shape}): expected 3, or 4 for several volumes")
+        raise _Unwanted(f"{len(size)} dimensions ({shape}): expected 3, or 4 for several volumes")
     if len(size) < 3 or min(size[:3]) < limits.min_slices:
-        raise VolumeError(f"only {shape} voxels: thinner than min_slices={limits.min_slices}")
+        raise _Unwanted(f"only {shape} voxels: thinner than min_slices={limits.min_slices}")
     if math.prod(size[:3]) > limits.max_voxels:
-        raise VolumeError(f"{shape} voxels exceed the limit of {limits.max_voxels} (max_voxels)")
+        raise _Unwanted(f"{shape} voxels exceed the limit of {limits.max_voxels} (max_voxels)")
 
 
 def _volume(reader: sitk.ImageFileReader, size: list[int], index: int) -> sitk.Image:

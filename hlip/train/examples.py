@@ -80,7 +80,8 @@ class FolderStudies(Dataset):
     """Studies on disk, with reports from a CSV or from ``report.txt`` in the study's folder.
 
     A study that cannot be read is reported in one clear line and the job goes on: with ``substitute`` the next readable
-    study takes its place (so that batches stay full, on every process), without it the item is ``None``.
+    study takes its place (so that batches stay full, on every process), without it the item is ``None``. One that can be
+    read in part only, or holds files of several patients or studies, is used, and also reported in one line.
 
     Args:
         folder: every sub-folder is a study: DICOM series or volumes of any format, flat or nested.
@@ -125,8 +126,9 @@ class FolderStudies(Dataset):
                 f"{self.folder}: no study {'with a report ' if need_reports else ''}found; expected one sub-folder per study "
                 "holding DICOM or NIfTI files" + (" and report.txt, or a reports CSV" if need_reports else "")
             )
-        # What has been said, by study, and at the end of the cache: shared, so that each loader worker does not repeat it.
-        self._said = torch.zeros(len(self.paths) + 1, dtype=torch.bool).share_memory_()
+        # What has been said of each study that is left out, of each that is not, and of the cache: shared, so that each
+        # loader worker does not repeat it.
+        self._said = torch.zeros(2 * len(self.paths) + 1, dtype=torch.bool).share_memory_()
 
     def _read_reports(self, reports: str | Path) -> dict[Path, list[str]]:
         """Sentences by study, of those that have some; the others are counted in one line."""
@@ -174,18 +176,16 @@ class FolderStudies(Dataset):
     def _read(self, index: int) -> Example | None:
         path = self.paths[index]
         try:
-            if self.cache is None:
-                scans, max_value = prepare_study(path, self.preset, **self.limits)
-            else:
-                scans, max_value = self.cache.get(path, self.preset, **self.limits)
+            prepare = prepare_study if self.cache is None else self.cache.get
+            scans, max_value, warning = prepare(path, self.preset, **self.limits)
         except Exception as error:  # any broken file of a user: the rest goes on
-            if not self._said[index]:
-                from ..data import StudyError
+            from ..data import StudyError
 
-                why = error.one_line() if isinstance(error, StudyError) else " ".join(str(error).split())[:300]
-                log.warning("%s left out: %s", self.name(path), why or type(error).__name__)
-                self._said[index] = True
+            why = error.one_line() if isinstance(error, StudyError) else " ".join(str(error).split())[:300]
+            self._say_once(index, f"{self.name(path)} left out: {why or type(error).__name__}")
             return None
+        if warning:
+            self._say_once(len(self) + index, f"{self.name(path)}: {warning}")
         if self.max_scans and len(scans) > self.max_scans:
             chosen = torch.randperm(len(scans))[: self.max_scans].sort().values.tolist()
             scans = [scans[i] for i in chosen]
@@ -193,9 +193,12 @@ class FolderStudies(Dataset):
 
     def _complain_once(self, what: str) -> None:
         """Of the cache."""
-        if not self._said[-1]:
+        self._say_once(-1, what)
+
+    def _say_once(self, place: int, what: str) -> None:
+        if not self._said[place]:
             log.warning("%s", what)
-            self._said[-1] = True
+            self._said[place] = True
 
 
 class SimulatedExamples(Dataset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,20 @@ from torch import Tensor
 from ..storage import reason, write_tensors
 
 
-def prepare_study(path: Path, preset: str | Mapping[str, str] = "auto", **limits) -> tuple[list[Tensor], float]:
+class PreparedStudy(NamedTuple):
+    """A study ready for the model.
+
+    Attributes:
+        scans: ``(D, H, W)``, of one dtype. max_value: the stored value that means 1.
+        warning: see :meth:`hlip.data.Study.warning`; empty if there is none.
+    """
+
+    scans: list[Tensor]
+    max_value: float
+    warning: str = ""
+
+
+def prepare_study(path: Path, preset: str | Mapping[str, str] = "auto", **limits) -> PreparedStudy:
     """Reads one study and prepares its scans.
 
     Args:
@@ -20,9 +34,6 @@ def prepare_study(path: Path, preset: str | Mapping[str, str] = "auto", **limits
         preset: a name in ``hlip.data.PRESETS``, for all scans; ``"auto"``: what :func:`hlip.data.scan_presets` guesses; a
             mapping: what it gives for the guess.
         limits: of reading, see :class:`hlip.data.Limits`.
-
-    Returns:
-        Tensors ``(D, H, W)`` of one dtype, and the stored value that means 1.
     """
     from ..data import PRESETS, prepare, read_study, scan_presets
 
@@ -32,7 +43,7 @@ def prepare_study(path: Path, preset: str | Mapping[str, str] = "auto", **limits
     else:
         presets = scan_presets(study, None if preset == "auto" else preset)
     scans = [p.voxels for scan, own in zip(study.scans, presets, strict=True) for p in prepare(scan, own)]
-    return scans, presets[0].max_value
+    return PreparedStudy(scans, presets[0].max_value, study.warning())
 
 
 class PreparedCache:
@@ -46,19 +57,20 @@ class PreparedCache:
     def __init__(self, folder: Path, complain: Callable[[str], None]):
         self.folder, self.complain = folder, complain
 
-    def get(self, path: Path, preset: str | Mapping[str, str], **limits) -> tuple[list[Tensor], float]:
+    def get(self, path: Path, preset: str | Mapping[str, str], **limits) -> PreparedStudy:
         """As :func:`prepare_study`."""
         stored = self.folder / f"{_key(path, preset, limits)}.safetensors"
         known = _load(stored)
         if known is not None:
             return known
-        scans, max_value = prepare_study(path, preset, **limits)
-        tensors = {f"scan{i:03d}": scan for i, scan in enumerate(scans)}
+        study = prepare_study(path, preset, **limits)
+        tensors = {f"scan{i:03d}": scan for i, scan in enumerate(study.scans)}
+        text = torch.tensor(list(study.warning.encode(errors="replace")), dtype=torch.uint8)
         try:
-            write_tensors({**tensors, "max_value": torch.tensor(max_value)}, stored)
+            write_tensors({**tensors, "max_value": torch.tensor(study.max_value), "warning": text}, stored)
         except Exception as error:  # safetensors has kinds of its own for a full disk
             self.complain(f"{self.folder}: prepared scans cannot be stored ({reason(error)}); they are made anew each time")
-        return scans, max_value
+        return study
 
 
 def _key(path: Path, preset: str | Mapping[str, str], limits: Mapping) -> str:
@@ -72,14 +84,14 @@ def _key(path: Path, preset: str | Mapping[str, str], limits: Mapping) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]  # names need not be UTF-8
 
 
-def _load(stored: Path) -> tuple[list[Tensor], float] | None:
+def _load(stored: Path) -> PreparedStudy | None:
     """What is stored, or ``None``: nothing, or a file that is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(str(stored))
-        max_value = float(tensors.pop("max_value"))
+        max_value, warning = float(tensors.pop("max_value")), bytes(tensors.pop("warning").tolist()).decode()
     except (OSError, SafetensorError, KeyError):
         return None
-    return [tensors[name] for name in sorted(tensors)], max_value
+    return PreparedStudy([tensors[name] for name in sorted(tensors)], max_value, warning)
