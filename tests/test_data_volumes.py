@@ -102,6 +102,30 @@ def test_values_that_are_not_numbers_are_found_across_pieces_of_the_file(tmp_pat
     assert scan.notes[-1].startswith("3 voxels were not numbers")
 
 
+@pytest.mark.parametrize("codes", [(1, 1), (1, 0), (0, 1), (0, 0)], ids=["both", "qform", "sform", "neither"])
+@pytest.mark.parametrize("volumes", [1, 2])
+def test_the_sign_of_voxel_sizes_means_nothing(tmp_path, codes, volumes):
+    values = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    image = sitk.JoinSeries([sitk.GetImageFromArray(values)] * volumes) if volumes > 1 else sitk.GetImageFromArray(values)
+    image.SetSpacing((1, 2, 5, 1)[: image.GetDimension()])
+    turned = np.eye(image.GetDimension())
+    turned[:3, :3] = np.reshape(sitk.Euler3DTransform((0, 0, 0), 0.3, -0.1, 0.2).GetMatrix(), (3, 3))
+    image.SetDirection(turned.ravel().tolist())
+    sitk.WriteImage(image, str(tmp_path / "a.nii"))
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[252:256] = struct.pack("<2h", *codes)
+    read = []
+    for signs in ((1, 1, 1), (-1, -1, -1), (-1, 1, 1), (1, 1, -1)):
+        raw[80:92] = struct.pack("<3f", *(mm * sign for mm, sign in zip((1, 2, 5), signs, strict=True)))
+        (tmp_path / "a.nii").write_bytes(raw)
+        read.append(read_study(tmp_path).scans[-1])
+    for scan in read:
+        assert scan.spacing == pytest.approx((5, 2, 1)) and scan.notes == read[0].notes
+        assert scan.image.GetDirection() == pytest.approx(read[0].image.GetDirection(), abs=1e-6)
+        assert scan.image.GetOrigin() == pytest.approx(read[0].image.GetOrigin())
+        np.testing.assert_array_equal(array(scan), values)
+
+
 def test_damaged_volume_files(tmp_path, capfd):
     volume(tmp_path / "good.nii.gz")
     volume(tmp_path / "x.nii", (20, 30, 40))

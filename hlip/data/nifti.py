@@ -31,6 +31,7 @@ class NiftiHeader:
     file_bytes: int  # length of the whole file, uncompressed, according to the header
     floats: np.dtype | None  # the stored type, if it can hold NaN
     has_sizes: bool
+    negative: tuple[bool, ...]  # which of the three voxel sizes are below 0, where the standard wants none
     has_orientation: bool
 
 
@@ -69,7 +70,8 @@ def read_nifti_header(path: Path) -> NiftiHeader:
         offset=int(offset),
         file_bytes=int(offset) + math.prod(dim[1 : dim[0] + 1]) * bits // 8,
         floats=np.dtype(order + _FLOATS[kind]) if kind in _FLOATS else None,
-        has_sizes=all(math.isfinite(mm) and mm > 0 for mm in sizes),
+        has_sizes=all(math.isfinite(mm) and mm != 0 for mm in sizes),
+        negative=tuple(mm < 0 for mm in sizes),
         has_orientation=any(code > 0 for code in codes),
     )
 

@@ -86,7 +86,10 @@ def _scans(
         if volumes > kept:
             own.append(f"only the first {kept} of {volumes} volumes are kept (max_volumes)")
         title = f"{name} [{i}]" if volumes > 1 else name
-        image = _finite(_volume(reader, size, i), bad[bad // each == i] % each, own)
+        image = _volume(reader, size, i)
+        if header and any(header.negative):
+            _turn_back(image, header.negative)
+        image = _finite(image, bad[bad // each == i] % each, own)
         if image is None:
             found.append(Skipped(path, f"{title}: no finite value in it", broken=True))
         else:
@@ -170,6 +173,12 @@ def _volume(reader: sitk.ImageFileReader, size: list[int], index: int) -> sitk.I
     if not all(math.isfinite(mm) and mm > 0 for mm in image.GetSpacing()):
         raise VolumeError(f"voxel spacing in the header is {image.GetSpacing()}: expected positive millimetres")
     return image
+
+
+def _turn_back(image: sitk.Image, axes: tuple[bool, ...]) -> None:
+    """ITK turns an axis round where its voxel size is negative. Only the amount counts: the direction is said elsewhere."""
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    image.SetDirection(np.where(axes, -direction, direction).ravel().tolist())
 
 
 def _finite(image: sitk.Image, bad: np.ndarray, notes: list[str]) -> sitk.Image | None:
