@@ -247,6 +247,57 @@ def test_ct_without_negative_values_is_noted(tmp_path):
     assert "may not be Hounsfield units" in read_study(tmp_path).scans[0].notes[0]
 
 
+PADDED = "voxels of padding (PixelPaddingValue): set to the smallest of the other values"
+
+
+def padded(tmp_path, value, dtype=np.int16, *, shift=0, **tags):
+    """Three slices of 0 to 229 whose first column is ``value``, and the scan that they become."""
+    for i in range(3):
+        stored = plane(i, dtype=dtype) + dtype(shift)
+        stored[:, 0] = value
+        dicom(tmp_path / str(i), stored, ImagePositionPatient=[0, 0, i], **tags)
+    (scan,) = read_study(tmp_path).scans
+    return scan, array(scan)[:, :, 0], array(scan)[:, :, 1:]
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize(("value", "dtype"), [(65535, np.uint16), (-2000, np.int16), (32767, np.int16)])
+def test_padding_becomes_background(tmp_path, value, dtype, syntax):
+    scan, padding, rest = padded(tmp_path, value, dtype, syntax=syntax, PixelPaddingValue=value)
+    assert (padding == 1).all() and rest.min() == 1 and rest.max() == 229
+    assert scan.notes == [f"18 {PADDED}"]
+
+
+def test_padding_of_a_ct_stays_below_and_does_not_stay_above(tmp_path):
+    tags = dict(Modality="CT", RescaleSlope=1, RescaleIntercept=-1024)
+    scan, padding, _ = padded(tmp_path / "below", -2000, **tags, PixelPaddingValue=-2000)
+    assert (padding == -3024).all() and scan.notes == []
+    scan, padding, rest = padded(tmp_path / "above", 65535, np.uint16, **tags, PixelPaddingValue=65535)
+    assert (padding == -1023).all() and rest.min() == -1023 and scan.notes == [f"18 {PADDED}"]
+
+
+def test_padding_written_with_the_other_sign_a_range_and_inverted_slices(tmp_path):
+    padded(tmp_path / "sign", -2000, PixelPaddingValue=-2000)
+    for path in (tmp_path / "sign").iterdir():
+        raw = path.read_bytes()
+        assert raw.count(b"\x28\0\x20\1SS") == 1
+        path.write_bytes(raw.replace(b"\x28\0\x20\1SS", b"\x28\0\x20\1US"))
+    assert (array(read_study(tmp_path / "sign").scans[0])[:, :, 0] == 1).all()
+    _, padding, rest = padded(tmp_path / "range", [900, 905, 910, 915, 920, 925], PixelPaddingValue=925,
+                              PixelPaddingRangeLimit=900)  # fmt: skip
+    assert (padding == 1).all() and rest.max() == 229
+    tags = dict(PixelPaddingValue=65535, PhotometricInterpretation="MONOCHROME1")
+    _, padding, rest = padded(tmp_path / "inverted", 65535, np.uint16, **tags)
+    assert (padding == 1).all() and rest.min() == 1 and rest[0, 0, 0] == 229
+
+
+def test_padding_that_is_dark_already_or_amid_the_image_is_kept(tmp_path):
+    scan, padding, _ = padded(tmp_path / "dark", 0, PixelPaddingValue=0)
+    assert (padding == 0).all() and scan.notes == []
+    scan, padding, _ = padded(tmp_path / "amid", 0, Modality="CT", shift=-100, PixelPaddingValue=0)  # water
+    assert (padding == 0).all() and "amid the others: kept" in scan.notes[0]
+
+
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless])
 def test_uncompressed_and_run_length_coding(tmp_path, syntax):
     stack(tmp_path, [0, 1, 2], syntax=syntax)

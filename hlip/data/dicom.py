@@ -43,8 +43,10 @@ TELLERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _PLAIN_TAGS = (
     "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription ProtocolName "
     "StudyDescription BodyPartExamined Modality PatientID ImageType Rows Columns NumberOfFrames SamplesPerPixel "
-    "PhotometricInterpretation ImageOrientationPatient ImagePositionPatient PixelSpacing RescaleSlope "
-    "RescaleIntercept RescaleType InstanceNumber SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
+    "PhotometricInterpretation PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit FloatPixelPaddingValue "
+    "FloatPixelPaddingRangeLimit DoubleFloatPixelPaddingValue DoubleFloatPixelPaddingRangeLimit ImageOrientationPatient "
+    "ImagePositionPatient PixelSpacing RescaleSlope RescaleIntercept RescaleType InstanceNumber "
+    "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
 ).split()
 _TAGS = [*_PLAIN_TAGS, *{keyword for _, keywords in TELLERS for keyword in keywords}]
 
@@ -95,6 +97,7 @@ class Slice:
     slope: float
     intercept: float
     inverted: bool
+    padding: tuple[float, float] | None  # two stored values; they, and all between them, mean "no image here"
     instance: int
     tellers: tuple[float | str | None, ...]  # one value per row of TELLERS
 
@@ -289,9 +292,18 @@ def _slice(path: Path, frame: int, rows: int, columns: int, get: Callable[[str],
         slope=slope or 1.0,  # a slope of 0 would wipe the image: such headers mean "none"
         intercept=intercept or 0.0,
         inverted=not measured and _text(get("PhotometricInterpretation")).upper() == "MONOCHROME1",
+        padding=_padding(get),
         instance=_integer(get("InstanceNumber")) or 0,
         tellers=tuple(_teller(get, keywords) for _, keywords in TELLERS),
     )
+
+
+def _padding(get: Callable[[str], object]) -> tuple[float, float] | None:
+    for kind in ("", "Float", "DoubleFloat"):
+        value, limit = (_number(get(f"{kind}PixelPadding{end}")) for end in ("Value", "RangeLimit"))
+        if value is not None:
+            return value, value if limit is None else limit
+    return None
 
 
 def _teller(get: Callable[[str], object], keywords: tuple[str, ...]) -> float | str | None:

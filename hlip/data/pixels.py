@@ -7,6 +7,7 @@ further package is needed; it is handed the bare code stream, and rescaling is d
 
 from __future__ import annotations
 
+import math
 import struct
 import tempfile
 import warnings
@@ -76,11 +77,13 @@ def read_stack(stack: Stack, limits: Limits) -> tuple[Scan | None, list[Skipped]
     if lost := len(stack.slices) - len(slices):
         notes.append(f"{lost} of {len(stack.slices)} slices left out: their pixels could not be decoded")
     voxels = _rescaled(planes, [(s.slope, s.intercept) for s in slices])
+    padding = _padding(planes, slices, voxels, notes)
     inverted = np.array([s.inverted for s in slices])
     if inverted.any():
         some = "" if inverted.all() else f"{inverted.sum()} of {len(slices)} slices "
         notes.append(f"{some}stored with black and white swapped (MONOCHROME1): inverted")
-        voxels = _inverted(voxels, inverted)
+        voxels = _inverted(voxels, inverted, padding)
+    voxels = _darkened(voxels, padding, header.modality, notes)
     if header.modality == "CT" and voxels.min() >= 0:
         notes.append("no value below 0: these may not be Hounsfield units")
     voxels = finite(voxels, notes)
@@ -154,15 +157,66 @@ def _rescaled(planes: list[np.ndarray], scales: list[tuple[float, float]]) -> np
     return voxels.astype(np.int16) if small.min <= voxels.min() and voxels.max() <= small.max else voxels
 
 
-def _inverted(voxels: np.ndarray, which: np.ndarray) -> np.ndarray:
+def _inverted(voxels: np.ndarray, which: np.ndarray, padding: np.ndarray | None) -> np.ndarray:
     """These slices turned over in the range of all: black of the one kind of slice becomes that of the other."""
-    low, high = voxels.min(), voxels.max()
+    low, high = _range_without(padding, voxels)
     turned = voxels.copy()
     if voxels.dtype.kind == "f":
         turned[which] = (low + high) - voxels[which]
     else:
-        turned[which] = int(low) + int(high) - voxels[which].astype(np.int64)
+        turned[which] = (int(low) + int(high) - voxels[which].astype(np.int64)).astype(voxels.dtype)
     return turned
+
+
+def _padding(planes: list[np.ndarray], slices: list[Slice], voxels: np.ndarray, notes: list[str]) -> np.ndarray | None:
+    """Where the headers declare padding (PixelPaddingValue): (D, H, W), or None for nowhere.
+
+    Such values lie beyond those of the image. A declared value amid them is a mistake, or was right before some software
+    shifted the values: to believe it would punch holes into the image.
+    """
+    if all(s.padding is None for s in slices):
+        return None
+    padding = np.stack([_declared(plane, s.padding) for plane, s in zip(planes, slices, strict=True)])
+    if not padding.any() or padding.all():
+        return None
+    low, high = _range_without(padding, voxels)
+    amid = padding & (voxels > low) & (voxels < high)
+    if amid.any():
+        notes.append(f"{int(amid.sum())} voxels of declared padding (PixelPaddingValue) have values amid the others: kept")
+    return padding & ~amid
+
+
+def _declared(plane: np.ndarray, padding: tuple[float, float] | None) -> np.ndarray:
+    if padding is None:
+        return np.zeros(plane.shape, bool)
+    if plane.dtype.kind in "iu":  # a signed value is often written as an unsigned one, and the reverse
+        with np.errstate(invalid="ignore"):  # a floating-point padding value that no integer is
+            padding = tuple(np.array(padding).astype(np.int64).astype(plane.dtype))
+    return (plane >= min(padding)) & (plane <= max(padding))
+
+
+def _range_without(padding: np.ndarray | None, voxels: np.ndarray) -> tuple[np.number, np.number]:
+    """Smallest and largest value elsewhere, numbers only (all, if there are none elsewhere)."""
+    rest = voxels if padding is None or padding.all() else voxels[~padding]
+    if rest.dtype.kind == "f" and np.isfinite(rest).any():
+        rest = rest[np.isfinite(rest)]
+    return rest.min(), rest.max()
+
+
+def _darkened(voxels: np.ndarray, padding: np.ndarray | None, modality: str, notes: list[str]) -> np.ndarray:
+    """Padding at the smallest of the other values, unless it is as dark as it is.
+
+    That is, below the others in a CT, whose windows cut it off; close below them elsewhere.
+    """
+    if padding is None or not padding.any():
+        return voxels
+    low, high = (float(value) for value in _range_without(padding, voxels))
+    darkest = -math.inf if modality == "CT" else low - 0.01 * (high - low)
+    wrong = padding & ((voxels > low) | (voxels < darkest))
+    if not wrong.any():
+        return voxels
+    notes.append(f"{int(wrong.sum())} voxels of padding (PixelPaddingValue): set to the smallest of the other values")
+    return np.where(wrong, np.array(low, voxels.dtype), voxels)
 
 
 def stored_pixels(path: Path, rows: int, columns: int) -> np.ndarray:
