@@ -20,6 +20,7 @@ from data_files import (
     reasons,
     stack,
 )
+from pydicom.dataset import Dataset
 from pydicom.uid import (
     CTImageStorage,
     ExplicitVRBigEndian,
@@ -245,6 +246,35 @@ def test_only_the_slices_that_are_monochrome1_are_inverted(tmp_path):
 def test_ct_without_negative_values_is_noted(tmp_path):
     stack(tmp_path, [0, 1, 2], Modality="CT")
     assert "may not be Hounsfield units" in read_study(tmp_path).scans[0].notes[0]
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize(("dtype", "first", "bits"), [(np.uint16, 3, 16), (np.int16, -4, 12), (np.uint16, 0, 8)])
+def test_a_table_of_values_takes_the_place_of_slope_and_intercept(tmp_path, dtype, first, bits, syntax):
+    table = (np.arange(200) ** 2 % 10007 % 2**bits).astype(np.uint16)
+    words = table if bits > 8 else table[::2] + 256 * table[1::2]
+    for i in range(3):
+        item = Dataset()
+        item.LUTDescriptor, item.ModalityLUTType = [len(table), first, bits], "US"
+        item.add_new("LUTData", "OW", words.astype(">u2" if syntax == ExplicitVRBigEndian else "<u2").tobytes())
+        dicom(tmp_path / str(i), plane(0, dtype=dtype) + dtype(9 * i), ImagePositionPatient=[0, 0, i], syntax=syntax,
+              ModalityLUTSequence=[item], RescaleSlope=2, RescaleIntercept=7)  # fmt: skip
+    voxels = array(read_study(tmp_path).scans[0])
+    stored = np.stack([plane(0) + 9 * i for i in range(3)])
+    np.testing.assert_array_equal(voxels, table[np.clip(stored - first, 0, 199)])
+
+
+def test_a_damaged_table_of_values_leaves_the_slice_out(tmp_path):
+    stack(tmp_path, [0, 1, 2, 3])
+    for name, descriptor in (("s0", [90, 0, 16]), ("s1", None)):
+        d, item = pydicom.dcmread(tmp_path / name), Dataset()
+        item.add_new("LUTData", "OW", bytes(40))
+        if descriptor:
+            item.LUTDescriptor = descriptor
+        d.ModalityLUTSequence = [item]
+        d.save_as(tmp_path / name)
+    text = reasons(failure(tmp_path))
+    assert "ModalityLUTSequence) is damaged: 40 of 90 entries" in text and text.count("ModalityLUTSequence) is damaged") == 2
 
 
 PADDED = "voxels of padding (PixelPaddingValue): set to the smallest of the other values"

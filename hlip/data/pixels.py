@@ -11,6 +11,7 @@ import math
 import struct
 import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from .study import Limits, Scan, Skipped, clean_text
 
 _PIXEL_KEYWORDS = (
     "Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit "
-    "PixelRepresentation PixelData FloatPixelData DoubleFloatPixelData"
+    "PixelRepresentation ModalityLUTSequence PixelData FloatPixelData DoubleFloatPixelData"
 ).split()
 # Multi-frame grey-scale word secondary capture: an object type that GDCM reads without any rescaling of its own.
 _PLAIN_STACK = "1.2.840.10008.5.1.4.1.1.7.3"
@@ -43,6 +44,50 @@ _PLAIN_STACK = "1.2.840.10008.5.1.4.1.1.7.3"
 
 class PixelError(ValueError):
     """Pixels that cannot be decoded; the message says why."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What stored values mean, one by one, in the place of slope and intercept (ModalityLUTSequence)."""
+
+    first: int  # the stored value of the first entry
+    entries: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Table | None:
+        """The table of a file.
+
+        Raises:
+            PixelError: it is damaged.
+        """
+        try:
+            if not dataset.get("ModalityLUTSequence"):
+                return None
+            item = dataset.ModalityLUTSequence[0]
+            count, first, _ = item.LUTDescriptor
+            count, data = count or 2**16, item.LUTData
+            if isinstance(data, bytes):
+                words = np.frombuffer(data, "<u2" if dataset.original_encoding[1] else ">u2").astype("<u2")
+                data = words if len(words) >= count else words.view("u1")  # two entries to a word, the first one low
+            entries = np.asarray(data).astype(np.uint16)[:count]
+        except Exception as error:  # pydicom raises many kinds on damaged elements
+            raise PixelError(f"its table of values (ModalityLUTSequence) is damaged ({clean_text(error, 120)})") from None
+        if len(entries) != count:
+            raise PixelError(f"its table of values (ModalityLUTSequence) is damaged: {len(entries)} of {count} entries")
+        return cls(int(first), entries)
+
+    def looked_up(self, plane: np.ndarray) -> np.ndarray:
+        """Stored values below the table take its first entry, those above it its last."""
+        first = np.array(self.first).astype(plane.dtype)  # is often written with the other sign, as padding is
+        return self.entries[np.clip(plane.astype(np.int64) - int(first), 0, len(self.entries) - 1)]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The pixels of a file before rescaling, (frames, rows, columns) in native byte order, and its table if it has one."""
+
+    values: np.ndarray
+    table: Table | None
 
 
 def read_stack(stack: Stack, limits: Limits) -> tuple[Scan | None, list[Skipped]]:
@@ -58,8 +103,8 @@ def read_stack(stack: Stack, limits: Limits) -> tuple[Scan | None, list[Skipped]
         reason = f"{header.name}: {size} voxels exceed the limit of {limits.max_voxels} (max_voxels)"
         return None, [Skipped(first.path, reason, stack.files)]
     failed: dict[Path, str] = {}
-    frames: dict[Path, np.ndarray] = {}
-    slices, planes = [], []
+    frames: dict[Path, Stored] = {}
+    slices = []
     for s in stack.slices:
         for path in (s.path, *stack.copies.get(s.path, ())):
             if s.path in frames or path in failed:
@@ -70,23 +115,12 @@ def read_stack(stack: Stack, limits: Limits) -> tuple[Scan | None, list[Skipped]
                 failed[path] = str(error)
         if s.path in frames:
             slices.append(s)
-            planes.append(frames[s.path][s.frame])
     skipped = _one_per_reason(failed, header.name)
     if len(slices) < limits.min_slices:
         return None, skipped
     if lost := len(stack.slices) - len(slices):
         notes.append(f"{lost} of {len(stack.slices)} slices left out: their pixels could not be decoded")
-    voxels = _rescaled(planes, [(s.slope, s.intercept) for s in slices])
-    padding = _padding(planes, slices, voxels, notes)
-    inverted = np.array([s.inverted for s in slices])
-    if inverted.any():
-        some = "" if inverted.all() else f"{inverted.sum()} of {len(slices)} slices "
-        notes.append(f"{some}stored with black and white swapped (MONOCHROME1): inverted")
-        voxels = _inverted(voxels, inverted, padding)
-    voxels = _darkened(voxels, padding, header.modality, notes)
-    if header.modality == "CT" and voxels.min() >= 0:
-        notes.append("no value below 0: these may not be Hounsfield units")
-    voxels = finite(voxels, notes)
+    voxels = finite(_values(slices, frames, header.modality, notes), notes)
     if voxels is None:
         return None, [*skipped, Skipped(first.path, f"{header.name}: no finite value in it", stack.files, broken=True)]
     image = sitk.GetImageFromArray(voxels)
@@ -108,6 +142,25 @@ def read_stack(stack: Stack, limits: Limits) -> tuple[Scan | None, list[Skipped]
         path=slices[0].path,
     )
     return scan, skipped
+
+
+def _values(slices: list[Slice], frames: dict[Path, Stored], modality: str, notes: list[str]) -> np.ndarray:
+    """What the stored values mean: (D, H, W)."""
+    planes = [frames[s.path].values[s.frame] for s in slices]
+    tables = [frames[s.path].table for s in slices]
+    scales = [(s.slope, s.intercept) if t is None else (1.0, 0.0) for s, t in zip(slices, tables, strict=True)]
+    meant = [plane if t is None else t.looked_up(plane) for plane, t in zip(planes, tables, strict=True)]
+    voxels = _rescaled(meant, scales)
+    padding = _padding(planes, slices, voxels, notes)
+    inverted = np.array([s.inverted for s in slices])
+    if inverted.any():
+        some = "" if inverted.all() else f"{inverted.sum()} of {len(slices)} slices "
+        notes.append(f"{some}stored with black and white swapped (MONOCHROME1): inverted")
+        voxels = _inverted(voxels, inverted, padding)
+    voxels = _darkened(voxels, padding, modality, notes)
+    if modality == "CT" and voxels.min() >= 0:
+        notes.append("no value below 0: these may not be Hounsfield units")
+    return voxels
 
 
 def _one_per_reason(failed: dict[Path, str], name: str) -> list[Skipped]:
@@ -219,8 +272,8 @@ def _darkened(voxels: np.ndarray, padding: np.ndarray | None, modality: str, not
     return np.where(wrong, np.array(low, voxels.dtype), voxels)
 
 
-def stored_pixels(path: Path, rows: int, columns: int) -> np.ndarray:
-    """The stored values of a file, before rescaling: (frames, rows, columns), native byte order.
+def stored_pixels(path: Path, rows: int, columns: int) -> Stored:
+    """Decode a file.
 
     Raises:
         PixelError: missing, truncated or damaged pixels, or a coding that cannot be read.
@@ -242,6 +295,7 @@ def stored_pixels(path: Path, rows: int, columns: int) -> np.ndarray:
                 values = pixel_array(dataset, raw=True, decoding_plugin="pydicom" if syntax == RLELossless else "")
             else:
                 values = _decoded_by_gdcm(dataset, syntax, rows, columns)
+            table = Table.of(dataset)
     except PixelError:
         raise
     except Exception as error:  # pydicom raises many kinds on damaged pixels
@@ -252,7 +306,7 @@ def stored_pixels(path: Path, rows: int, columns: int) -> np.ndarray:
     values = values.astype(values.dtype.newbyteorder("="), copy=False).reshape(-1, *values.shape[-2:])
     if values.shape[1:] != (rows, columns):
         raise PixelError(f"pixels are {values.shape[1]} x {values.shape[2]}, the header says {rows} x {columns}")
-    return values
+    return Stored(values, table)
 
 
 def _decoded_by_gdcm(dataset: Dataset, syntax: UID, rows: int, columns: int) -> np.ndarray:
