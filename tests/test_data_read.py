@@ -125,6 +125,18 @@ def test_a_damaged_series_does_not_harm_the_others(tmp_path):
     assert "bad: pixel data cut short" in reasons(study) and "broken.nii.gz: " in reasons(study)
 
 
+def test_images_that_share_an_instance_uid_are_no_copies(tmp_path):
+    """As some tools for anonymising leave them: told apart by position, series, or what tells volumes apart."""
+    stack(tmp_path, [0, 1, 2, 3], name="a", SOPInstanceUID="1.9")
+    stack(tmp_path, [0, 1, 2, 3], name="b", first=10, SOPInstanceUID="1.9", SeriesInstanceUID="1.2.3.5", SeriesNumber=2)
+    stack(tmp_path, [0, 1, 2, 3], name="c", first=20, SOPInstanceUID="1.9", EchoTime=90.0)
+    study = read_study(tmp_path)
+    assert study.skipped == [] and [array(s)[0, 0, 0] for s in study.scans] == [0, 2000, 1000]
+    shutil.copytree(tmp_path, tmp_path / "again")
+    study = read_study(tmp_path)
+    assert len(study.scans) == 3 and sum(item.files for item in study.skipped) == 12
+
+
 def test_copies_are_used_once_and_only_if_needed(tmp_path):
     stack(tmp_path / "b", [0, 1, 2, 3])
     shutil.copytree(tmp_path / "b", tmp_path / "c")

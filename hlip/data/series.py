@@ -37,21 +37,21 @@ class Stack:
 def stacks_of(headers: Sequence[Header], limits: Limits) -> tuple[list[Stack], list[Skipped]]:
     """All stacks of a study, in the order series number, name, series UID, and what was left out.
 
-    Of files with the same SOPInstanceUID the first by path is used.
+    Of copies of an image the first by path is used.
     """
     stacks: list[Stack] = []
     skipped: list[Skipped] = []
     series: dict[str, list[Header]] = {}
-    first: dict[str, Header] = {}
+    first: dict[tuple, Header] = {}
     copies: dict[Path, list[Path]] = {}
     repeats: dict[str, list[Path]] = {}
     for header in sorted(headers, key=lambda h: h.path):
-        if header.uid and header.uid in first:
+        image = _image(header)
+        if header.uid and image in first:
             repeats.setdefault(header.series, []).append(header.path)
-            if len(first[header.uid].slices) == len(header.slices):
-                copies.setdefault(first[header.uid].path, []).append(header.path)
+            copies.setdefault(first[image].path, []).append(header.path)
             continue
-        first[header.uid] = header
+        first[image] = header
         series.setdefault(header.series, []).append(header)
     for paths in repeats.values():
         skipped.append(Skipped(paths[0], "a copy of an image already found (same SOPInstanceUID)", len(paths)))
@@ -64,6 +64,12 @@ def stacks_of(headers: Sequence[Header], limits: Limits) -> tuple[list[Stack], l
     for stack in stacks:
         stack.copies = copies
     return stacks, skipped
+
+
+def _image(header: Header) -> tuple:
+    """Equal for copies of one image. Some tools give one SOPInstanceUID to all: what else tells images apart must agree."""
+    frames = ((s.position, s.row_direction, s.column_direction, s.instance, s.tellers) for s in header.slices)
+    return header.uid, header.series, *frames
 
 
 def _stacks_of_series(headers: list[Header], limits: Limits) -> tuple[list[Stack], list[Skipped]]:
