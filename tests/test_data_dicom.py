@@ -96,6 +96,26 @@ def test_scans_are_ordered_by_series_number_then_name_then_uid(tmp_path):
     assert [(s.number, s.name) for s in study.scans] == [(2, "z"), (10, "a"), (10, "b"), (None, "none")]
 
 
+@pytest.mark.parametrize("uid", [None, ""])
+def test_series_without_uid_are_told_apart_by_number_and_name(tmp_path, uid):
+    for i, (number, name) in enumerate([(1, "T1"), (2, "T2"), (2, "FLAIR")]):
+        stack(tmp_path, [0, 1, 2], name=name, first=10 * i, SeriesInstanceUID=uid, SeriesNumber=number, SeriesDescription=name)
+    scans = read_study(tmp_path).scans
+    assert [(s.name, int(array(s)[0, 0, 0])) for s in scans] == [("T1", 0), ("FLAIR", 2000), ("T2", 1000)]
+    assert all(s.notes == [] for s in scans) and len({s.uid for s in scans}) == 3
+
+
+def test_series_without_uid_number_and_name_are_told_apart_by_plane_and_size(tmp_path):
+    nothing = dict(SeriesInstanceUID=None, SeriesNumber=None, SeriesDescription=None)
+    stack(tmp_path, [0, 1, 2], name="a", **nothing)
+    stack(tmp_path, [0, 1, 2], name="b", normal=(0, 1, 0), ImageOrientationPatient=list(CORONAL), **nothing)
+    for i in range(3):
+        dicom(tmp_path / f"c{i}", plane(i, (8, 8)), ImagePositionPatient=[0, 0, i], **nothing)
+    scans = read_study(tmp_path).scans
+    assert sorted((s.shape, s.orientation) for s in scans) == [((3, 6, 5), "LIP"), ((3, 6, 5), "LPS"), ((3, 8, 8), "LPS")]
+    assert {s.name for s in scans} == {"series without name"}
+
+
 # --- DICOM: several volumes in one series --------------------------------------------------------------------------
 
 

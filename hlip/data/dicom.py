@@ -176,7 +176,7 @@ def _header(path: Path, dataset: Dataset, max_voxels: int) -> Header:
         path=path,
         uid=_text(top("SOPInstanceUID")),
         study=_text(top("StudyInstanceUID")),
-        series=_text(top("SeriesInstanceUID")) or "no series UID",
+        series=_text(top("SeriesInstanceUID")) or _series_without_uid(top, number, name, slices[0]),
         patient=_text(top("PatientID")),
         number=number,
         name=name or ("series without name" if number is None else f"series {number}"),
@@ -184,6 +184,16 @@ def _header(path: Path, dataset: Dataset, max_voxels: int) -> Header:
         body_part=clean_text(" ".join(filter(None, about)), 200),
         slices=slices,
     )
+
+
+def _series_without_uid(top: Callable[[str], object], number: int | None, name: str, first: Slice) -> str:
+    """What stands for a missing SeriesInstanceUID: number and name, or else size and plane of the slices."""
+    about: list[object] = [top("StudyInstanceUID"), top("Modality"), number, name]
+    if number is None and not name:
+        (a, b, c), (d, e, f) = first.row_direction, first.column_direction
+        normal = [abs(b * f - c * e), abs(c * d - a * f), abs(a * e - b * d)]
+        about += [first.rows, first.columns, ("sagittal", "coronal", "axial")[normal.index(max(normal))]]
+    return clean_text("no series UID " + " ".join(_text(value) for value in about), 400)
 
 
 def _parse(path: Path, tags: list[str]) -> Dataset:
