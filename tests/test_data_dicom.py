@@ -96,6 +96,15 @@ def test_scans_are_ordered_by_series_number_then_name_then_uid(tmp_path):
     assert [(s.number, s.name) for s in study.scans] == [(2, "z"), (10, "a"), (10, "b"), (None, "none")]
 
 
+def test_pixel_spacings_that_differ_by_rounding_are_one_scan_and_others_are_not(tmp_path):
+    near = [[0.48499, 0.48501], [0.48501, 0.48499], [0.485, 0.485], [0.48499, 0.48499]]
+    stack(tmp_path, [0, 1, 2, 3], PixelSpacing=near)
+    (scan,) = read_study(tmp_path).scans
+    assert scan.shape[0] == 4 and scan.notes == []
+    stack(tmp_path, [0, 1, 2], name="t", PixelSpacing=[[0.5, 0.5]] * 3)
+    assert sorted(s.shape[0] for s in read_study(tmp_path).scans) == [3, 4]
+
+
 @pytest.mark.parametrize("uid", [None, ""])
 def test_series_without_uid_are_told_apart_by_number_and_name(tmp_path, uid):
     for i, (number, name) in enumerate([(1, "T1"), (2, "T2"), (2, "FLAIR")]):

@@ -14,6 +14,8 @@ from .study import Limits, Skipped, count
 
 # Two slices are parallel if no component of their direction vectors differs by more (0.01 is about 0.6 degrees).
 _SAME_DIRECTION = 0.01
+# Pixel spacings of one stack differ by rounding only: by this share at most.
+_SAME_SPACING = 0.01
 # A group of a repeated volume must cover this share of all positions to count as a volume of its own.
 _WHOLE, _MOST = 0.8, 0.5
 
@@ -95,20 +97,24 @@ def _stacks_of_series(headers: list[Header], limits: Limits) -> tuple[list[Stack
 
 
 def _by_geometry(slices: Iterable[Slice]) -> list[list[Slice]]:
-    """Groups of equal size, pixel spacing and direction, the largest first."""
-    groups: dict[tuple, list[tuple[np.ndarray, list[Slice]]]] = {}
+    """Groups of equal size, and of pixel spacing and direction as the first slice of the group, the largest first."""
+    groups: dict[tuple[int, int], list[list[Slice]]] = {}
     for s in slices:
-        direction = np.array(s.row_direction + s.column_direction)
-        key = (s.rows, s.columns, round(s.pixel_spacing[0], 2), round(s.pixel_spacing[1], 2))
-        parallel = groups.setdefault(key, [])
-        for first, members in parallel:
-            if np.abs(first - direction).max() <= _SAME_DIRECTION:
+        alike = groups.setdefault((s.rows, s.columns), [])
+        for members in alike:
+            if _same_grid(members[0], s):
                 members.append(s)
                 break
         else:
-            parallel.append((direction, [s]))
-    found = [members for parallel in groups.values() for _, members in parallel]
+            alike.append([s])
+    found = [members for alike in groups.values() for members in alike]
     return sorted(found, key=lambda g: (-len(g), g[0].rows, g[0].columns, g[0].row_direction, g[0].column_direction))
+
+
+def _same_grid(a: Slice, b: Slice) -> bool:
+    turned = np.subtract(a.row_direction + a.column_direction, b.row_direction + b.column_direction)
+    stretched = np.divide(a.pixel_spacing, b.pixel_spacing)
+    return np.abs(turned).max() <= _SAME_DIRECTION and np.abs(np.log(stretched)).max() <= _SAME_SPACING
 
 
 def _survey(groups: list[list[Slice]], limits: Limits) -> str:
