@@ -47,7 +47,7 @@ def test_slices_are_sorted_by_position_whatever_their_names_and_numbers(tmp_path
     assert scan.shape == (9, 6, 5)
     assert scan.spacing == pytest.approx((2.5, 2, 1.5))  # positions, not the SliceThickness of 9
     assert scan.image.GetOrigin() == (7, 8, -3)
-    assert scan.orientation == "LPS" and scan.notes == [] and scan.files == 9 and a.skipped == []
+    assert scan.orientation == "LPS" and scan.notes == [] and scan.files == 9 and a.skipped == [] and scan.slices_known
     np.testing.assert_array_equal(array(scan), array(b.scans[0]))
 
 

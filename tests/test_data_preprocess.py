@@ -187,6 +187,26 @@ def test_equal_and_nearly_equal_spacings():
     assert prepare(scan(noise((10, 11, 12)), (1, 2, 2)), "mri-published-48")[0].plane == "coronal"
 
 
+@pytest.mark.parametrize("code", ["LPS", "PIR", "LIP"])
+@pytest.mark.parametrize("name", ["head-ct", "head-ct-published-48"])
+def test_thin_slices_of_a_ct_series_stay_its_slices(code, name):
+    plane = {"LPS": "axial", "PIR": "sagittal", "LIP": "coronal"}[code]
+    direction = sitk.DICOMOrientImageFilter.GetDirectionCosinesFromOrientation(code)
+    thin = scan(noise((40, 10, 12)), (0.4, 0.488, 0.488), direction, slices_known=True)
+    found = prepare(thin, name)
+    assert {p.plane for p in found} == {plane} and len(found[0].voxels) == (40 if name == "head-ct" else 48)
+    assert found[0].spacing[0] == pytest.approx(0.4 * 40 / len(found[0].voxels))
+    thinner = scan(noise((40, 10, 12)), (0.3, 0.488, 0.488), direction, slices_known=True)
+    unknown = scan(noise((40, 10, 12)), (0.4, 0.488, 0.488), direction)
+    assert prepare(thinner, name)[0].plane != plane and prepare(unknown, name)[0].plane != plane
+
+
+def test_the_slice_axis_of_an_mr_series_is_that_of_the_largest_spacing_as_published():
+    s = scan(noise((20, 30, 32)), (0.9, 1, 1), slices_known=True)
+    assert [prepare(s, name)[0].plane for name in ("mri", "mri-published-48")] == ["coronal"] * 2
+    assert torch.equal(prepare(s, "mri-published-48")[0].voxels, plain_mri(s.image, 48))
+
+
 # --- windows and values --------------------------------------------------------------------------------------------
 
 
@@ -328,6 +348,13 @@ def test_windows_of_a_ct_among_others_follow_its_header_but_not_its_size(tmp_pat
     presets = scan_presets(Study([chest, chest, chest, small, head], [], tmp_path))
     assert [p.windows for p in presets] == [PRESETS["chest-ct-ragged"].windows] * 4 + [PRESETS["head-ct"].windows]
     assert len({(p.crop, p.dtype) for p in presets}) == 1
+
+
+def test_a_thin_head_ct_among_mr_keeps_its_slices(tmp_path):
+    ct = scan(noise((40, 10, 12)), (0.4, 0.488, 0.488), modality="CT", slices_known=True)
+    mr = scan(noise((4, 10, 10)), modality="MR")
+    own = scan_presets(Study([mr, mr, ct], [], tmp_path))[2]
+    assert own.crop == PRESETS["mri"].crop and [len(p.voxels) for p in prepare(ct, own)] == [40] * 3
 
 
 # --- real data -----------------------------------------------------------------------------------------------------

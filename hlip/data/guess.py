@@ -67,8 +67,13 @@ def scan_presets(study: Study, names: Mapping[str, str] | None = None) -> list[P
             own = of_study
         base, values = (PRESETS[names[name] if names else name] for name in (of_study, own))
         if (base.percentiles, base.windows) != (values.percentiles, values.windows):
-            name = f"{base.name}, values as for {values.name}"
-            base = replace(base, name=name, percentiles=values.percentiles, windows=values.windows)
+            base = replace(
+                base,
+                name=f"{base.name}, values as for {values.name}",
+                percentiles=values.percentiles,
+                windows=values.windows,
+                thin=max(base.thin, values.thin),  # a head CT among MR keeps its slices
+            )
         found.append(base)
     return found
 

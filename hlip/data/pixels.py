@@ -140,6 +140,7 @@ def read_stack(stack: Stack, limits: Limits) -> tuple[Scan | None, list[Skipped]
         uid=header.series,
         volume=stack.volume,
         path=slices[0].path,
+        slices_known=True,
     )
     return scan, skipped
 

@@ -52,6 +52,8 @@ class Preset:
         depth: "largest spacing": the axis with the largest spacing becomes depth (axial z, y, x; coronal y, z, x;
             sagittal x, z, y). "slices": the stored slice axis stays depth.
         tie: spacings less than this share below the largest count as equal; of equals the first of z, y, x wins.
+        thin: where the slice axis is known (a DICOM series) it stays depth, unless another spacing is more than so many
+            times larger; 0: that does not count.
         resample_mm: spacing (depth, rows, columns) to resample to, trilinear; None: none.
         percentiles: clip to these percentiles of the whole volume and scale to [0, 1]; None: ``windows`` instead.
         windows: one volume for each, clipped and scaled to [0, 1].
@@ -69,6 +71,7 @@ class Preset:
     orientation: str | None = "RPI"
     depth: str = "largest spacing"
     tie: float = 0.0
+    thin: float = 0.0
     resample_mm: tuple[float, float, float] | None = None
     percentiles: tuple[float, float] | None = None
     windows: tuple[Window, ...] = ()
@@ -120,7 +123,8 @@ _HEAD_WINDOWS = (
 _CHEST_WINDOW = (Window("", -1150, 350),)
 _MRI = "HLIP repository, data/pub_brain_5 (stored as uint8) and src/hlip_test/pub_brain_5_embed.py"
 _CHEST = "HLIP repository, data/ct_rate/process.py and src/hlip_train/data_chest_ct.py, input 'crop'"
-# The preparation of HeadCT240K is not published: windows of the same group's NeuroVFM, the rest as for MRI.
+# The preparation of HeadCT240K is not published: windows of the same group's NeuroVFM, the rest as for MRI. But a CT is
+# reconstructed in axial slices, often thinner than their pixels are wide: those of a DICOM series stay its slices.
 _HEAD = "windows by analogy (NeuroVFM), geometry as for MRI; HLIP's own head CT preparation is not published"
 
 PRESETS: dict[str, Preset] = {
@@ -157,8 +161,8 @@ PRESETS: dict[str, Preset] = {
             crop=336,
             dtype=torch.float32,
         ),
-        Preset("head-ct", _HEAD + ", every slice kept", tie=1e-3, windows=_HEAD_WINDOWS),
-        Preset("head-ct-published-48", _HEAD, windows=_HEAD_WINDOWS, num_slices=48, dtype=torch.float32),
+        Preset("head-ct", _HEAD + ", every slice kept", tie=1e-3, thin=1.5, windows=_HEAD_WINDOWS),
+        Preset("head-ct-published-48", _HEAD, thin=1.5, windows=_HEAD_WINDOWS, num_slices=48, dtype=torch.float32),
     )
 }
 
@@ -178,7 +182,7 @@ def prepare(scan: Scan, preset: str | Preset) -> list[Prepared]:
         if preset not in PRESETS:
             raise ValueError(f"no preset named {preset!r}: choose one of {', '.join(PRESETS)}")
         preset = PRESETS[preset]
-    voxels, spacing, plane = _oriented(scan.image, preset)
+    voxels, spacing, plane = _oriented(scan, preset)
     if preset.resample_mm:
         voxels, spacing = _resampled(voxels, spacing, preset.resample_mm)
     found = []
@@ -188,8 +192,9 @@ def prepare(scan: Scan, preset: str | Preset) -> list[Prepared]:
     return found
 
 
-def _oriented(image: sitk.Image, preset: Preset) -> tuple[np.ndarray, tuple[float, ...], str]:
+def _oriented(scan: Scan, preset: Preset) -> tuple[np.ndarray, tuple[float, ...], str]:
     """(D, H, W) array in the stored type, its spacing, and the plane of its slices."""
+    image = scan.image
     if preset.orientation:
         image = sitk.DICOMOrient(image, preset.orientation)
     voxels = sitk.GetArrayFromImage(image)  # z, y, x
@@ -198,9 +203,18 @@ def _oriented(image: sitk.Image, preset: Preset) -> tuple[np.ndarray, tuple[floa
     axis = 0
     if preset.depth == "largest spacing":
         axis = int(np.argmax(np.array(spacing) >= max(spacing) * (1 - preset.tie)))
+        slices = _slice_axis(scan.image, image)
+        if scan.slices_known and max(spacing) <= preset.thin * spacing[slices]:
+            axis = slices
     order = [axis, *(i for i in range(3) if i != axis)]
     planes = {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal", "L": "sagittal", "R": "sagittal"}
     return voxels.transpose(order), tuple(spacing[i] for i in order), planes[letters[axis]]
+
+
+def _slice_axis(stored: sitk.Image, turned: sitk.Image) -> int:
+    """Which of z, y, x of the turned image is z of the stored one."""
+    before, after = (np.array(image.GetDirection()).reshape(3, 3) for image in (stored, turned))
+    return 2 - int(np.argmax(np.abs(after.T @ before[:, 2])))
 
 
 def _resampled(

@@ -84,6 +84,7 @@ class Scan:
         uid: series instance UID, or the file's path inside the study; with ``volume`` it tells scans apart.
         volume: index among the parts of one series or one 4-D file.
         path: the file it was read from (the first one of a DICOM series).
+        slices_known: whether its last axis is known to be that of the slices: it is a DICOM series.
     """
 
     image: sitk.Image
@@ -96,6 +97,7 @@ class Scan:
     uid: str = ""
     volume: int = 0
     path: Path | None = None
+    slices_known: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
