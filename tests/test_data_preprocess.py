@@ -251,6 +251,22 @@ def test_a_scan_is_not_changed(name):
     assert all(torch.equal(a, p.voxels) for a, p in zip(first, prepare(s, name), strict=True))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_values_over_the_whole_range_of_a_type_are_scaled_like_any_others(dtype):
+    values = (np.arange(4096).reshape(16, 16, 16) - 2048).astype(np.float64)
+    wide = (values / 2048 * float(np.finfo(dtype).max)).astype(dtype)
+    (expected,), (found,) = (prepare(scan(v.astype(dtype), (5, 2, 2)), "mri-published-48") for v in (values, wide))
+    torch.testing.assert_close(found.voxels, expected.voxels, rtol=0, atol=1.01 / 255)
+    assert len(found.voxels.unique()) > 200
+    chest = replace(PRESETS["chest-ct"], percentiles=(0.5, 99.5), windows=())
+    (expected,), (found,) = (prepare(scan(v.astype(dtype), (5, 2, 2)), chest) for v in (values, wide))
+    torch.testing.assert_close(found.voxels, expected.voxels, rtol=0, atol=1e-5)
+    for name in PRESETS:  # windows: below is 0, above is 1
+        for prepared in prepare(scan(wide, (5, 2, 2)), name):
+            assert torch.isfinite(prepared.voxels.float()).all() and prepared.voxels.max() >= 0.98 * PRESETS[name].max_value
+
+
 # --- errors and guesses --------------------------------------------------------------------------------------------
 
 

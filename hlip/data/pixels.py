@@ -195,7 +195,8 @@ def _rescaled(planes: list[np.ndarray], scales: list[tuple[float, float]]) -> np
     """Stored values x slope + intercept, slice by slice: (D, H, W) int16 or int32 where exact, else float32."""
     voxels = np.stack(planes)
     if voxels.dtype.kind == "f":
-        voxels = voxels.astype(np.float32)
+        with np.errstate(over="ignore"):  # of float64; what becomes infinite is told of later
+            voxels = voxels.astype(np.float32)
     if all(scale == (1.0, 0.0) for scale in scales):
         return voxels
     shape = (-1, 1, 1)

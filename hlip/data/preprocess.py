@@ -183,6 +183,7 @@ def prepare(scan: Scan, preset: str | Preset) -> list[Prepared]:
             raise ValueError(f"no preset named {preset!r}: choose one of {', '.join(PRESETS)}")
         preset = PRESETS[preset]
     voxels, spacing, plane = _oriented(scan, preset)
+    voxels = _bounded(voxels, preset)
     if preset.resample_mm:
         voxels, spacing = _resampled(voxels, spacing, preset.resample_mm)
     found = []
@@ -215,6 +216,21 @@ def _slice_axis(stored: sitk.Image, turned: sitk.Image) -> int:
     """Which of z, y, x of the turned image is z of the stored one."""
     before, after = (np.array(image.GetDirection()).reshape(3, 3) for image in (stored, turned))
     return 2 - int(np.argmax(np.abs(after.T @ before[:, 2])))
+
+
+def _bounded(voxels: np.ndarray, preset: Preset) -> np.ndarray:
+    """Floating-point values so large that sums or differences would overflow, made smaller: others as they are.
+
+    Percentiles take any scale; windows cut such values off.
+    """
+    if voxels.dtype.kind != "f":
+        return voxels
+    largest = max(-float(voxels.min()), float(voxels.max()))
+    single = preset.resample_mm or preset.windows  # the steps to come are in float32
+    most = float(np.finfo(np.float32 if single else voxels.dtype).max) / 4
+    if largest <= most:
+        return voxels
+    return np.clip(voxels, -most, most) if preset.windows else voxels * 2.0 ** -math.ceil(math.log2(largest / most))
 
 
 def _resampled(
