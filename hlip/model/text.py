@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .text_files import load_tokenizer, load_weights, read_config
 from .variants import Variant
 
 # A BERT that learns in minutes on a CPU: for demos and tests.
@@ -33,25 +34,26 @@ def text_tower(config: Variant, text: str | Path | Mapping, *, pretrained: bool 
         pretrained: also load the weights of that model.
     """
     from open_clip.hf_model import HFTextEncoder
+    from transformers import BertConfig
 
-    options = {
-        "output_dim": config.embed_dim,
-        "pooler_type": "cls_last_hidden_state_pooler",
-        "proj_type": "linear",
-        "pretrained": pretrained,
-    }
-    if pretrained and text == "published":
-        return HFTextEncoder(config.text_model, **options)
-    if isinstance(text, Mapping) or text == "published":
-        if pretrained:
-            raise ValueError("text_pretrained needs a text model with weights: a folder or a Hugging Face id")
-        from transformers import BertConfig
-
-        # Both published text models have the shape of BERT base; written out, so that nothing is downloaded.
-        with tempfile.TemporaryDirectory() as folder:
-            BertConfig(**({} if text == "published" else text)).save_pretrained(folder)
-            return HFTextEncoder(folder, **options)
-    return HFTextEncoder(str(text), **options)
+    if isinstance(text, Mapping) and pretrained:
+        raise ValueError("text_pretrained needs a text model with weights: a folder or a Hugging Face id")
+    source = config.text_model if text == "published" else text
+    if isinstance(text, Mapping):
+        described = BertConfig(**text)
+    elif text == "published" and not pretrained:
+        described = BertConfig()  # both published text models have the shape of BERT base: nothing is downloaded
+    else:
+        described = read_config(source)
+    # Written out, because open_clip reads configs from folders only; what it would load itself might ask to run code.
+    with tempfile.TemporaryDirectory() as folder:
+        described.save_pretrained(folder)
+        tower = HFTextEncoder(
+            folder, config.embed_dim, pooler_type="cls_last_hidden_state_pooler", proj_type="linear", pretrained=False
+        )
+    if pretrained:
+        tower.transformer = load_weights(source, tower.config)
+    return tower
 
 
 class Tokenizer:
@@ -63,10 +65,8 @@ class Tokenizer:
     """
 
     def __init__(self, source: str | Path, context_length: int = 256):
-        from transformers import AutoTokenizer
-
         self.source, self.context_length = str(source), context_length
-        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+        self.tokenizer = load_tokenizer(self.source)
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
