@@ -212,6 +212,25 @@ def test_published_weights_that_cannot_be_told_or_do_not_fit(snapshot, place, ru
     assert "no tokenizer: put tokenizer.json or vocab.txt of microsoft/" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kept", ["vocab.txt", "tokenizer.json"])
+def test_one_tokenizer_file_beside_the_weights_will_do(snapshot, place, kept, caplog):
+    words = train_tokenizer(["This study shows: mass bleed."], place / "whole").tokenizer.get_vocab()
+    (snapshot / "vocab.txt").write_text("".join(f"{word}\n" for word in sorted(words, key=words.get)))
+    for file in (*snapshot.glob("tokenizer*"), snapshot / "vocab.txt"):
+        if file.name != kept:
+            file.unlink()
+    assert main(["evaluate", str(snapshot), *given()]) == 0 and not caplog.text
+
+
+def test_a_tokenizer_beside_the_weights_that_is_not_used_is_said(snapshot, place, monkeypatch, caplog, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (snapshot / "tokenizer.json").write_text("{}")
+    assert main(["evaluate", str(snapshot), *given()]) == 1
+    assert f"{snapshot}: its tokenizer is not used, but that of microsoft/" in caplog.text
+    err = capsys.readouterr().err
+    assert "no tokenizer: put tokenizer.json or vocab.txt of microsoft/BiomedNLP-BiomedBERT" in err and "Traceback" not in err
+
+
 def offline(source, length):
     raise OSError(f"{source} is not in the cache, and there is no network")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..storage import reason
 from .text_files import load_tokenizer, load_weights, read_config
 from .variants import Variant
 
@@ -62,11 +63,18 @@ class Tokenizer:
     Args:
         source: a folder with a tokenizer, or a Hugging Face id.
         context_length: the most tokens of one text, special ones included.
+
+    Raises:
+        OSError: there is none. ValueError: it cannot be used; two texts are tried.
     """
 
     def __init__(self, source: str | Path, context_length: int = 256):
         self.source, self.context_length = str(source), context_length
         self.tokenizer = load_tokenizer(self.source)
+        try:
+            self(["one", "one and two"])
+        except Exception as error:  # tokenizers raises plain ones
+            raise ValueError(f"{source}: the tokenizer cannot be used ({reason(error)})") from error
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         texts = [texts] if isinstance(texts, str) else list(texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from ..model.variants import canonical_name
 from ..storage import reason
 from .config import DataConfig, ModelConfig, TrainConfig
 from .run import Run, load_run
+
+log = logging.getLogger(__name__)
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
@@ -121,6 +124,9 @@ def _tokenizer(source: str | Path, config: Variant) -> Tokenizer:
         try:
             return Tokenizer(place, config.context_length)
         except Exception as error:  # transformers raises many kinds for what is absent, offline or broken
-            problem = problem or f"{place}: {reason(error)}"
+            said = reason(error).removeprefix(f"{place}: ")
+            problem = problem or f"{place}: {said}"
+            if path.exists() and place in beside:
+                log.warning("%s: its tokenizer is not used, but that of %s (%s)", place, config.text_model, said)
     where = f"the weights in {folder}" if path.exists() else "a local copy of the weights"
     raise ValueError(f"no tokenizer: put tokenizer.json or vocab.txt of {config.text_model} beside {where} ({problem})")
