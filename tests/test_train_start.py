@@ -19,7 +19,7 @@ from hlip.train import loop, train
 from hlip.train.config import config_from
 from hlip.train.examples import FolderStudies
 from hlip.train.folder import check_folder, save_state, start_folder
-from hlip.train.inputs import check_labels
+from hlip.train.inputs import check_labels, make_datasets, make_tokenizer
 from hlip.train.run import load_run, load_state
 from hlip.train.validate import Validation
 
@@ -161,6 +161,23 @@ def test_a_damaged_tokenizer_is_named(studies, run):
     for use in (lambda: start(studies, run, resume=True), lambda: load_run(run)):
         with pytest.raises(ValueError, match=f"^{run / 'tokenizer'}: the run's tokenizer is missing or damaged"):
             use()
+
+
+@pytest.mark.parametrize("named", ["", "model.safetensors"])
+def test_weights_of_an_earlier_run_come_with_its_tokenizer(studies, finished, tmp_path, named):
+    """Other reports would give its text tower's words other numbers, in a vocabulary of a size that may well be the same."""
+    reports = tmp_path / "reports.csv"
+    reports.write_text("study,report\n" + "".join(f"s{i},Cerebellar haemorrhage.\n" for i in range(4)))
+    start(studies, tmp_path / "run", data={"reports": str(reports)}, model={"checkpoint": str(finished / named)})
+    before, after = load_run(finished).tokenizer, load_run(tmp_path / "run").tokenizer
+    assert before.tokenizer.get_vocab() == after.tokenizer.get_vocab()
+
+
+def test_weights_without_a_tokenizer_are_told_of(studies, finished, tmp_path, caplog):
+    shutil.copy(finished / "model.safetensors", tmp_path)
+    config = config_from(values(studies, tmp_path / "run", model={"checkpoint": str(tmp_path / "model.safetensors")}))
+    make_tokenizer(config, make_datasets(config)[0])
+    assert f"no tokenizer lies beside {tmp_path / 'model.safetensors'}; one is learnt from these reports" in caplog.text
 
 
 # ------------------------------------------------------------------ time

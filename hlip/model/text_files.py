@@ -12,6 +12,7 @@ from torch import nn
 # microsoft/BiomedVLP-CXR-BERT-specialized: a BERT under another name, whose own code adds heads that are not used here.
 _CXR_BERT, _CXR_BERT_TOKENIZER = "cxr-bert", "CXRBertTokenizer"
 _SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 _CODE = "trust_remote_code"  # what transformers' messages about code in a folder name
 
 

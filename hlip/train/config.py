@@ -68,7 +68,8 @@ class ModelConfig:
             :class:`hlip.model.variants.Encoder`.
         text: ``published``, ``tiny``, a folder, or a Hugging Face id.
         text_pretrained: start from the text model's own weights.
-        tokenizer: a folder or Hugging Face id; empty: the one of ``text``, or for ``tiny`` learnt from the training reports.
+        tokenizer: a folder or Hugging Face id; empty: the one beside ``checkpoint``, or else of ``text``, for
+            ``tiny`` learnt from the training reports.
         context_length: most tokens of a text; 0 takes the model's.
         lock_text: freeze the text transformer except its layer norms.
         mae: a 2-D MAE ViT's weights to start the encoder from.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 
@@ -9,10 +10,13 @@ from torch.utils.data import Dataset
 
 from ..evaluate import Benchmark, benchmark
 from ..model import Tokenizer, train_tokenizer
+from ..model.text_files import TOKENIZER_FILES
 from .config import DataConfig, TrainConfig
 from .examples import FolderStudies, SimulatedExamples, read_labels
 from .run import context_length, from_the_hub, text_source
 from .validate import check_labels
+
+log = logging.getLogger(__name__)
 
 
 def make_datasets(config: TrainConfig) -> tuple[Dataset, Dataset | None, tuple[Benchmark, dict | None] | None]:
@@ -69,12 +73,24 @@ def how_to_read(data: DataConfig) -> dict:
 
 
 def make_tokenizer(config: TrainConfig, dataset: Dataset) -> Tokenizer:
-    """A new run's tokenizer: learnt from the training reports (the same on every process), or the one the config names.
+    """A new run's tokenizer: the one the config names, the one beside ``model.checkpoint``, or that of the text model.
+
+    The tiny text model's is learnt from the training reports, the same on every process.
 
     Raises:
-        ValueError: the named one cannot be loaded, or there is no report to learn from.
+        ValueError: the one to be used cannot be loaded, or there is no report to learn from.
     """
     model, length = config.model, context_length(config.model)
+    if model.checkpoint and not model.tokenizer:
+        place = tokenizer_beside(model.checkpoint)
+        if place is not None:  # the words that its text tower knows
+            with from_the_hub("model.checkpoint", str(place)):
+                return Tokenizer(place, length)
+        if model.text == "tiny":
+            log.warning(
+                "model.checkpoint: no tokenizer lies beside %s; one is learnt from these reports, whose words have other "
+                "numbers than those its text tower was trained with (model.tokenizer names one)", model.checkpoint,
+            )  # fmt: skip
     if model.tokenizer or model.text != "tiny":
         source = model.tokenizer or text_source(model)
         with from_the_hub("model.tokenizer" if model.tokenizer else "model.text", source):
@@ -85,3 +101,11 @@ def make_tokenizer(config: TrainConfig, dataset: Dataset) -> Tokenizer:
         texts = [sentence for sentences in dataset.reports.values() for sentence in sentences]
     with tempfile.TemporaryDirectory() as folder:
         return train_tokenizer([config.prompt, *texts], folder, context_length=length)
+
+
+def tokenizer_beside(weights: str) -> Path | None:
+    """The folder of the tokenizer that lies beside a weights file or in its folder: a run's, or a snapshot's."""
+    path = Path(weights).expanduser()
+    folder = path if path.is_dir() else path.parent
+    places = (folder / "tokenizer", folder)
+    return next((place for place in places if any((place / name).is_file() for name in TOKENIZER_FILES)), None)

@@ -20,7 +20,7 @@ from .examples import Batch, Collate, SimulatedExamples, seed_worker
 from .folder import check_folder, save_state, start_folder
 from .inputs import make_datasets, make_tokenizer
 from .processes import main_says, make_accelerator, patient_group, said_once
-from .run import build_model, check_model, check_text_length, load_state, loss_kind, open_tokenizer
+from .run import build_model, check_model, check_text_length, check_vocabulary, load_state, loss_kind, open_tokenizer
 from .step import contrastive_step, random_state, set_random_state
 from .validate import Validation
 
@@ -79,6 +79,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
                 studies.render_all(config.data.workers, progress=progress and accelerator.is_main_process)
     model = build_model(config.model, vocab_size=tokenizer.vocab_size)
     check_text_length(config.model, model)
+    check_vocabulary(tokenizer, model)
     if config.model.mae:
         load_mae(model.visual.trunk, config.model.mae)
     if config.model.checkpoint:

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 
 from ..model import Tokenizer, Variant, create_model, load_checkpoint, variant
+from ..model.text_files import TOKENIZER_FILES
 from ..model.variants import canonical_name
 from ..storage import reason
 from .config import DataConfig, ModelConfig, TrainConfig
-from .run import Run, load_run
+from .run import Run, check_vocabulary, load_run
 
 log = logging.getLogger(__name__)
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
 @dataclass
@@ -88,12 +88,7 @@ def load_published(source: str | Path, name: str, *, device: torch.device | str 
             "is it another model?"
         )
     tokenizer = _tokenizer(source, config)
-    rows = model.text.transformer.get_input_embeddings().num_embeddings
-    if tokenizer.vocab_size > rows:
-        raise ValueError(
-            f"{tokenizer.source}: a tokenizer of {tokenizer.vocab_size} words, but the text tower has {rows}: "
-            "is it another model's?"
-        )
+    check_vocabulary(tokenizer, model)
     described = TrainConfig(run="", data=DataConfig(train=""), model=ModelConfig(name=name))
     return PublishedModel(model.to(device).eval(), tokenizer, described, published_preset(name))
 
@@ -116,7 +111,7 @@ def _tokenizer(source: str | Path, config: Variant) -> Tokenizer:
     path = Path(source).expanduser()
     folder = path if path.is_dir() else path.parent
     if path.exists():
-        beside = [str(folder)] if any((folder / name).is_file() for name in _TOKENIZER_FILES) else []
+        beside = [str(folder)] if any((folder / name).is_file() for name in TOKENIZER_FILES) else []
     else:
         beside = [str(source)]
     problem = ""

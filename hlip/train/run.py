@@ -108,6 +108,16 @@ def check_text_length(config: ModelConfig, model: HLIP) -> None:
         raise ValueError(f"model.context_length: {length} tokens are more than the text model ({config.text}) takes, {most}")
 
 
+def check_vocabulary(tokenizer: Tokenizer, model: HLIP) -> None:
+    """Raises ValueError if the tokenizer knows more words than the text tower."""
+    rows = model.text.transformer.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"{tokenizer.source}: a tokenizer of {tokenizer.vocab_size} words, but the text tower has {rows}: "
+            "is it another model's?"
+        )
+
+
 @contextmanager
 def from_the_hub(field: str, source: str) -> Iterator[None]:
     """Says in one line what could not be loaded while the block runs: ``field`` of the config names ``source``.
