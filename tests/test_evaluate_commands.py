@@ -1,5 +1,6 @@
 """`hlip evaluate` and `hlip embed` on folders of studies: with a run, and with published weights."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ pytest.importorskip("accelerate")
 
 from safetensors.torch import save_file
 
+from hlip.cli import embed as embedding
 from hlip.cli import main
 from hlip.model import VARIANTS, create_model, train_tokenizer
 from hlip.train import published
@@ -143,6 +145,37 @@ def test_prompts_are_read_before_studies(run, place, capsys):
     (place / "p.yaml").write_text("classes: []\n")
     assert main(["embed", "studies", "--run", run, "--out", "f.npz", "--prompts", "p.yaml"]) == 1
     assert "p.yaml" in capsys.readouterr().err and not (place / "f.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "out, words", [("studies", "is a folder"), ("p.yaml/f.npz", "p.yaml is a file"), ("locked/f.npz", "no permission")]
+)
+def test_a_file_that_cannot_be_written_is_told_before_studies_are_read(run, place, capsys, monkeypatch, out, words):
+    (place / "locked").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and access(path, mode))  # also for root
+    monkeypatch.setattr(embedding, "embed_studies", None)
+    assert main(["embed", "studies", "--run", run, "--out", out]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_vectors_are_written_whole_to_the_file_that_is_named(run, place, capsys, monkeypatch):
+    assert main(["embed", "studies/s0", "--run", run, "--out", "new/features.npy"]) == 0
+    assert "-> new/features.npy" in capsys.readouterr().out
+    assert [file.name for file in (place / "new").iterdir()] == ["features.npy"]
+    with np.load(place / "new" / "features.npy") as stored:
+        before = stored["features"]
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert main(["embed", "studies/s1", "--run", run, "--out", "new/features.npy"]) == 1
+    assert "No space left" in capsys.readouterr().err
+    with np.load(place / "new" / "features.npy") as stored:
+        assert np.array_equal(stored["features"], before)
+    assert [file.name for file in (place / "new").iterdir()] == ["features.npy"]
 
 
 def test_links_are_followed_when_asked(run, place, capsys):

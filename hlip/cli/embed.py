@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from ..evaluate import benchmark, zero_shot_classifier
+from ..storage import write_atomically
 from ..train.examples import FolderStudies, read_labels
 from ..train.inputs import how_to_read, make_datasets
 from ..train.published import PublishedModel, open_model
@@ -32,6 +34,7 @@ def embed(args) -> int:
         0; 1 if a study could not be read, or a path holds none.
     """
     device = device_of(args.device)
+    out = output_file(args.out)
     chosen = benchmark(args.prompts) if args.prompts else None
     run = open_model(args.run, model=args.model, device=device)
     paths, failed = studies_at(args.paths, args.follow_links)
@@ -39,10 +42,8 @@ def embed(args) -> int:
     names, features = embed_studies(run.model, studies, device, batch_size=1)
     if not names:
         raise ValueError(f"none of the {len(studies)} studies could be read; see the lines above")
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(out, studies=np.array(names), features=features.numpy())
-    print(f"{len(names)} of {len(studies)} studies, features {tuple(features.shape)} -> {out}")
+    write_atomically(out, lambda partial: _save(partial, studies=np.array(names), features=features.numpy()))
+    print(f"{len(names)} of {len(studies)} studies, features {tuple(features.shape)} -> {args.out}")
     if chosen is not None:
         classifier = zero_shot_classifier(run.model, run.tokenizer, chosen)
         scores = classifier.scores(features.to(device)).cpu()
@@ -52,6 +53,31 @@ def embed(args) -> int:
             cells = (f"{value:>{len(c)}.3f}" for c, value in zip(classifier.benchmark.classes, row, strict=True))
             print(f"{name:{width}}  " + "  ".join(cells))
     return 0 if len(names) == len(studies) and not failed else 1
+
+
+def output_file(name: str) -> Path:
+    """The file to write, as it is named; a link's target.
+
+    Raises:
+        ValueError: it could not be written, which is better known before hours of work.
+    """
+    path = Path(name).expanduser().resolve()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if path.is_dir():
+        raise ValueError(f"--out: {path} is a folder, expected a file to write")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--out: {path} is not a plain file, and cannot be replaced by one")
+    if there != path and not there.is_dir():
+        raise ValueError(f"--out: {there} is a file, expected a folder to write in")
+    folder = path.parent if there == path else there
+    if not os.access(there, os.W_OK) or not os.access(folder, os.W_OK):
+        raise ValueError(f"--out: no permission to write {path}")
+    return path
+
+
+def _save(path: str, **arrays: np.ndarray) -> None:
+    with open(path, "wb") as file:  # by name, numpy would add .npz
+        np.savez(file, **arrays)
 
 
 def evaluate(args) -> int:
