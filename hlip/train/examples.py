@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -20,7 +19,7 @@ from .tables import read_labels, read_reports, report_file
 
 __all__ = [
     "Batch", "Collate", "Example", "FolderStudies", "SimulatedExamples", "make_text", "read_labels", "read_reports",
-    "seed_worker", "split_sentences",
+    "split_sentences",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -35,12 +34,14 @@ class Example:
         scans: each ``(D, H, W)``, one dtype.
         sentences: its report.
         max_value: the stored value that means 1.
+        seed: of the draw of its texts; ``None``: torch's own numbers.
     """
 
     name: str
     scans: list[Tensor]
     sentences: list[str] = field(default_factory=list)
     max_value: float = 255.0
+    seed: int | None = None
 
 
 @dataclass
@@ -79,9 +80,9 @@ def _without_links(paths: list[Path], folder: Path) -> list[Path]:
 class FolderStudies(Dataset):
     """Studies on disk, with reports from a CSV or from ``report.txt`` in the study's folder.
 
-    A study that cannot be read is reported in one clear line and the job goes on: with ``substitute`` the next readable
-    study takes its place (so that batches stay full, on every process), without it the item is ``None``. One that can be
-    read in part only, or holds files of several patients or studies, is used, and also reported in one line.
+    A study that cannot be read is reported in one clear line, and is ``None``; in training another takes its place, see
+    :class:`hlip.train.draws.Draws`. One that can be read in part only, or holds files of several patients or studies, is used,
+    and also reported in one line.
 
     Args:
         folder: every sub-folder is a study: DICOM series or volumes of any format, flat or nested.
@@ -91,7 +92,6 @@ class FolderStudies(Dataset):
         cache: folder for prepared scans; empty: none.
         max_scans: a random choice of at most this many scans each time; 0 keeps all.
         need_reports: leave out studies without a report; otherwise reports are not read at all.
-        substitute: see above; for training.
 
     Raises:
         FileNotFoundError: no such folder. ValueError: no such preset or limits; no study, or no report for any.
@@ -100,7 +100,7 @@ class FolderStudies(Dataset):
     def __init__(
         self, folder: str | Path, *, paths: Sequence[Path] | None = None, reports: str | Path = "",
         preset: str | Mapping[str, str] = "auto", cache: str | Path = "", max_scans: int = 0, need_reports: bool = True,
-        substitute: bool = False, **limits,
+        **limits,
     ):  # fmt: skip
         from ..data import PRESETS, Limits
 
@@ -108,7 +108,7 @@ class FolderStudies(Dataset):
         for name in [preset] if isinstance(preset, str) else preset.values():
             if name != "auto" and name not in PRESETS:
                 raise ValueError(f"no preset named {name!r}: choose auto or one of {', '.join(PRESETS)}")
-        self.folder, self.preset, self.max_scans, self.substitute = Path(folder), preset, max_scans, substitute
+        self.folder, self.preset, self.max_scans = Path(folder), preset, max_scans
         self.limits = limits
         self.cache = PreparedCache(Path(cache), self._complain_once) if cache else None
         if paths is None:
@@ -163,17 +163,6 @@ class FolderStudies(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example | None:
-        example = self._read(index)
-        if example is None and self.substitute:
-            for step in range(1, min(len(self), 20)):
-                example = self._read((index + step) % len(self))
-                if example is not None:
-                    break
-            else:
-                raise ValueError(f"{self.folder}: {min(len(self), 20)} studies in a row cannot be read; see the lines above")
-        return example
-
-    def _read(self, index: int) -> Example | None:
         path = self.paths[index]
         try:
             prepare = prepare_study if self.cache is None else self.cache.get
@@ -219,11 +208,12 @@ class SimulatedExamples(Dataset):
         return Example(f"simulated-{index}", list(study.scans), list(study.sentences))
 
 
-def make_text(sentences: Sequence[str], mode: str, prompt: str) -> str:
+def make_text(sentences: Sequence[str], mode: str, prompt: str, seed: int | None = None) -> str:
     """``"sentence"``: the prompt and one sentence at random; ``"report"``: the prompt and all of them, shuffled."""
     if not sentences:
         return prompt.strip()
-    order = torch.randperm(len(sentences)).tolist()
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(sentences), generator=generator).tolist()
     if mode == "sentence":
         return prompt + sentences[order[0]]
     return prompt + " ".join(sentences[i] for i in order)
@@ -251,10 +241,9 @@ class Collate:
         images = StudyBatch.pack([e.scans for e in good], max_value=good[0].max_value)
         tokens = None
         if self.tokenizer is not None:
-            tokens = self.tokenizer([make_text(e.sentences, mode, self.prompt) for mode in self.modes for e in good])
+            tokens = self.tokenizer([self._text(e, place) for place in range(len(self.modes)) for e in good])
         return Batch(images, tokens, [e.name for e in good])
 
-
-def seed_worker(_: int) -> None:
-    """Gives numpy a seed of its own in every loader worker (torch has one already)."""
-    np.random.seed(torch.initial_seed() % 2**32)
+    def _text(self, example: Example, place: int) -> str:
+        seed = None if example.seed is None else example.seed + 1 + place  # each text its own, and not that of the scans
+        return make_text(example.sentences, self.modes[place], self.prompt, seed)

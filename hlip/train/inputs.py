@@ -38,7 +38,7 @@ def make_datasets(config: TrainConfig) -> tuple[Dataset, Dataset | None, tuple[B
         valid = SimulatedStudies(data.num_valid, split="test", **shape) if data.num_valid else None
         return SimulatedExamples(studies), valid, (simulated_benchmark(), None)
     reading = how_to_read(data)
-    studies = FolderStudies(data.train, reports=data.reports, max_scans=data.max_scans, substitute=True, **reading)
+    studies = FolderStudies(data.train, reports=data.reports, max_scans=data.max_scans, **reading)
     if not data.valid:
         return studies, None, None
     if not (config.prompts and data.labels):

@@ -16,7 +16,8 @@ from ..losses import ContrastiveLoss
 from ..model import HLIP, Tokenizer, load_checkpoint, load_mae
 from ..progress import progress_bar
 from .config import TrainConfig
-from .examples import Batch, Collate, SimulatedExamples, seed_worker
+from .draws import Draws
+from .examples import Batch, Collate, SimulatedExamples
 from .folder import check_folder, save_state, start_folder
 from .inputs import make_datasets, make_tokenizer
 from .processes import main_says, make_accelerator, patient_group, said_once
@@ -28,7 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class ShardedShuffle(Sampler):
-    """A seeded shuffle of all examples per epoch, dealt out evenly to the processes; can start in the middle of an epoch."""
+    """A seeded shuffle of all examples per epoch, as ``(epoch, index)``, dealt out evenly to the processes.
+
+    Can start in the middle of an epoch.
+    """
 
     def __init__(self, size: int, *, seed: int, rank: int, world_size: int):
         self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
@@ -37,10 +41,10 @@ class ShardedShuffle(Sampler):
     def __len__(self) -> int:
         return self.size // self.world_size - self.skip
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
         mine = order[self.rank : self.size - self.size % self.world_size : self.world_size]
-        yield from mine[self.skip :]
+        yield from ((self.epoch, index) for index in mine[self.skip :])
 
 
 def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Metrics | None:
@@ -110,14 +114,14 @@ class Trainer:
         # Simulated studies are in memory by now.
         workers = 0 if isinstance(dataset, SimulatedExamples) else config.data.workers
         self.loader = DataLoader(
-            dataset,
+            Draws(dataset, config.seed),
             batch_size=config.batch_size,
             sampler=self.sampler,
             drop_last=True,
             num_workers=workers,
             collate_fn=Collate(tokenizer, modes, config.prompt),
-            worker_init_fn=seed_worker,
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # what the loader draws for itself is not taken from the model's numbers
             pin_memory=accelerator.device.type == "cuda",
         )
         self.per_step = config.batch_size * config.accumulate
