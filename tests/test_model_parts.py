@@ -188,6 +188,20 @@ def test_mae_inflation_keeps_a_constant_volume_the_same():
         load_mae(trunk, {**state, "blocks.0.norm1.weight": torch.zeros(7)})
 
 
+@pytest.mark.parametrize("left_out", ["pos_embed", "cls_token", "patch_embed.proj.weight", "blocks."])
+def test_mae_weights_that_lack_something_are_told_of(tmp_path, left_out, caplog):
+    trunk = HLIPEncoder(tiny_variant(image_size=(8, 32, 32), patch_size=(4, 16, 16)).encoder)
+    state = {
+        "patch_embed.proj.weight": torch.randn(48, 3, 16, 16), "pos_embed": torch.randn(1, 5, 48),
+        "cls_token": torch.randn(1, 1, 48), "blocks.0.norm1.weight": torch.randn(48),
+    }  # fmt: skip
+    load_mae(trunk, state)
+    assert "of the encoder's, which start fresh, e.g. patch_embed.proj.bias" in caplog.text
+    torch.save({name: value for name, value in state.items() if not name.startswith(left_out)}, tmp_path / "mae.pt")
+    with pytest.raises(ValueError, match=f"mae.pt: not the weights of a 2-D MAE ViT, which would have {left_out}"):
+        load_mae(trunk, tmp_path / "mae.pt")
+
+
 # ------------------------------------------------------------------ training parts of the encoder
 
 

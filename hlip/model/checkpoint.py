@@ -183,13 +183,23 @@ def load_mae(trunk: nn.Module, source: str | Path | Mapping[str, Tensor]) -> lis
         source: the weights, as a path or a state dict.
 
     Returns:
-        Names of the encoder that the MAE model does not have (they keep their fresh values).
+        Names of the encoder that the MAE model does not have (they keep their fresh values); a warning says which of them
+        it should have.
 
     Raises:
-        ValueError: widths or depths differ.
+        ValueError: they are no such weights, or widths differ.
     """
+    where = "" if isinstance(source, Mapping) else f"{source}: "
     state = dict(source if isinstance(source, Mapping) else read_state_dict(source))
     config, own = trunk.config, trunk.state_dict()
+    lacking = [name for name in ("pos_embed", "cls_token", "patch_embed.proj.weight") if name not in state]
+    if not any(name.startswith("blocks.") and name in own for name in state):
+        lacking.append("blocks.0.attn.qkv.weight and so on")
+    if lacking:
+        raise ValueError(
+            f"{where}not the weights of a 2-D MAE ViT, which would have {', '.join(lacking)}; "
+            f"the first names are {', '.join(list(state)[:3]) or 'none'}"
+        )
     table = state.pop("pos_embed")
     if int(table.shape[1] ** 0.5) ** 2 != table.shape[1]:
         state["cls_token"] = state["cls_token"] + table[:, :1]
@@ -203,6 +213,11 @@ def load_mae(trunk: nn.Module, source: str | Path | Mapping[str, Tensor]) -> lis
     matched = {name: value for name, value in state.items() if name in own}
     wrong = [name for name, value in matched.items() if value.shape != own[name].shape]
     if wrong:
-        raise ValueError(f"the MAE weights do not fit this encoder: {wrong[0]} has shape {tuple(matched[wrong[0]].shape)}")
+        shapes = f"has shape {tuple(matched[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}"
+        raise ValueError(f"{where}the MAE weights do not fit this encoder: {wrong[0]} {shapes}")
     trunk.load_state_dict(matched, strict=False)
-    return [name for name in own if name not in matched]
+    missing = [name for name in own if name not in matched]
+    expected = [name for name in missing if name.startswith(("blocks.", "norm.", "patch_embed."))]
+    if expected:
+        log.warning("%sMAE weights lack %d of the encoder's, which start fresh, e.g. %s", where, len(expected), expected[0])
+    return missing
