@@ -88,6 +88,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ([*train, "--set", "lr"], "NAME=VALUE"),
         ([*train, "--set", "run.x=1"], "run.x cannot be set: run is one value"),
         ([*train, "--set", "data.train=[a"], "--set data.train=[a: '[a' is not readable as YAML"),
+        ([*train, "--set", "run=2024-99-99"], "--set run=2024-99-99: '2024-99-99' is not readable as YAML (month must be in"),
         ([*train, "--set", "model.pool=dino"], "good.yaml: model.pool must be cls or dinotxt"),
         (["embed", str(tmp_path), "--run", str(tmp_path)], "config.yaml"),
         (["embed", str(tmp_path), "--run", str(tmp_path), "--device", "foo"], "--device 'foo' cannot be used here"),

@@ -84,8 +84,32 @@ def test_files_in_other_encodings(tmp_path):
         path.write_text("prompt: 'Étude : '", encoding=encoding)
         assert load_config(path).prompt == "Étude : "
     path.write_text("prompt: 'Étude : '", encoding="latin-1")
-    with pytest.raises(ValueError, match=r"c\.yaml: not a text file in UTF-8"):
+    with pytest.raises(ValueError, match=r"c\.yaml: not UTF-8 text .at byte"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("lr: 1e-3\ndata: {workers: 1}\nlr: 1e-4\n", "lines 1 and 3 both set 'lr': keep one"),
+        ("data:\n  workers: 1\n  train: x\n  workers: 2\n", "lines 2 and 4 both set 'workers'"),
+        ("", "nothing is in it; examples/train.yaml"),
+        ("# lr: 3e-4\n", "nothing is in it"),
+        ("[" * 5000, "not readable as YAML: nested too deeply"),
+        ("epochs: 1\nrun: 2024-99-99\n", "line 2: '2024-99-99': month must be in 1..12; text goes into quotation marks"),
+    ],
+)
+def test_mistakes_in_yaml_are_told_with_file_and_line(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'c.yaml'}: .*{words}"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_names_may_be_merged_and_all_defaults_asked_for(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {<<: {workers: 1, cache: c}, workers: 2}\n")
+    assert (load_config(tmp_path / "c.yaml").data.workers, load_config(tmp_path / "c.yaml").data.cache) == (2, "c")
+    (tmp_path / "c.yaml").write_text("{}")
+    assert load_config(tmp_path / "c.yaml") == TrainConfig()
 
 
 def test_overrides_of_what_is_not_there():

@@ -177,7 +177,7 @@ def _train(args) -> int:
             raise ValueError(f"--set takes NAME=VALUE, got {item!r}")
         try:
             overrides[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date that does not exist
             raise ValueError(f"--set {item}: {value!r} is not readable as YAML ({_one_line(error)})") from error
     metrics = train(load_config(args.config, overrides), resume=args.resume, overwrite=args.overwrite)
     if metrics is not None:

@@ -10,8 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..text_file import read_text
-
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -53,13 +51,9 @@ def benchmark(name_or_path: str | Path) -> Benchmark:
         raise ValueError(f"no benchmark {text!r}: choose one of {', '.join(benchmarks())}, or give a .yaml file")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such prompt file")
-    import yaml
+    from ..yaml_file import read_yaml
 
-    try:
-        entry = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    return parse(path.stem, entry, where=str(path))
+    return parse(path.stem, read_yaml(path), where=str(path))
 
 
 def parse(name: str, entry: Any, *, where: str = "") -> Benchmark:

@@ -215,20 +215,17 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         overrides: dotted names to values, e.g. ``{"data.workers": 2}``; they win.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not YAML, an unknown field (the message offers the known ones), or a
-            value of the wrong type.
+        FileNotFoundError, ValueError: no such file, an empty one, not YAML, a name set twice, an unknown field (the message
+            offers the known ones), or a value of the wrong type.
     """
-    import yaml
+    from ..yaml_file import read_yaml
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file")
-    try:
-        values = yaml.safe_load(path.read_bytes()) or {}
-    except yaml.reader.ReaderError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8, save it as that ({error.reason})") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    values = read_yaml(path)
+    if values is None:
+        raise ValueError(f"{path}: nothing is in it; examples/train.yaml explains every field ({{}} takes all defaults)")
     return config_from(values, overrides, source=str(path))
 
 
