@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +24,15 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
+
+
+def remove_partial(path: Path) -> None:
+    """Removes what earlier processes that were killed left of writing ``path``. None may be writing it now."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -1,8 +1,11 @@
 """How a run begins, goes on and ends: what is checked first, what is never overwritten, and what survives a failure."""
 
 import logging
+import multiprocessing
+import os
 import resource
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +17,9 @@ from data_files import volume
 pytest.importorskip("open_clip")
 pytest.importorskip("accelerate")
 
+from hlip.cli import main
 from hlip.evaluate import Benchmark
+from hlip.model import train_tokenizer
 from hlip.train import loop, train
 from hlip.train.config import config_from
 from hlip.train.examples import FolderStudies
@@ -199,6 +204,30 @@ def test_max_minutes_counts_the_time_of_this_start(studies, tmp_path, monkeypatc
     assert "has made all its 4 steps: nothing is left to train" in caplog.text and "stopped" not in caplog.text
 
 
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 0), (signal.SIGUSR1, 2)])
+def test_a_signal_to_stop_finds_the_run_saved(studies, tmp_path, monkeypatch, capsys, number, workers):
+    """Sent to all processes of a job, as SLURM does, in the first step of two in an epoch."""
+    run, config = tmp_path / "run", tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(values(studies, run, labels="labels.csv", data={"workers": workers})))
+    take = loop.Trainer.train_step
+
+    def asked(self, batches):
+        if self.step == 0:
+            for pid in [child.pid for child in multiprocessing.active_children()] + [os.getpid()]:
+                os.kill(pid, number)
+        return take(self, batches)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", asked)
+    before = signal.getsignal(number)
+    assert main(["train", "--config", str(config)]) == 128 + number
+    err = capsys.readouterr().err
+    assert f"hlip train: stopped by {number.name} after step 1 of 2, and saved; --resume goes on" in err
+    assert load_state(run / "state.pt")["step"] == 1 and signal.getsignal(number) is before
+    monkeypatch.undo()
+    assert main(["train", "--config", str(config), "--resume"]) == 0
+    assert load_state(run / "state.pt")["step"] == 2
+
+
 # ------------------------------------------------------------------ validation
 
 
@@ -270,6 +299,18 @@ def test_evaluation_changes_no_random_numbers(studies, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------ saving
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_killed_processes_left_half_written_goes(studies, tmp_path, resume):
+    left = [".state.pt.a1.partial", ".model.safetensors.b2.partial", ".tokenizer.c3.partial/tokenizer.json"]
+    for name in (*left, ".notes.d4.partial", "state.pt.partial"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    start_folder(config_from(values(studies, tmp_path)), None if resume else train_tokenizer(["a mass"], tmp_path / "t"))
+    assert {path.name for path in tmp_path.glob("*partial")} | {path.name for path in tmp_path.glob(".*partial")} == {
+        ".notes.d4.partial", "state.pt.partial"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("full", ["state.pt", "model.safetensors"])

@@ -27,7 +27,7 @@ _RUN = "a trained run's folder, e.g. runs/demo; or published weights: a file, a 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status (0 good, 1 nothing could be done, 2 bad usage)."""
+    """Runs one command; returns the exit status (0 good, 1 nothing could be done, 2 bad usage, 128 + a signal's)."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # What pydicom warns of is told study by study. A filter, because importing pydicom sets its level.
@@ -38,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         # What people can mend (files, disks, settings, packages) comes as a line, not as a traceback.
         print(f"hlip {args.command}{_process()}: {_reason(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"\nhlip {args.command}: stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:  # also a signal to stop, which says more
+        print(f"\nhlip {args.command}{_process()}: {error or 'stopped'}", file=sys.stderr)
+        return getattr(error, "status", 130)
 
 
 def _process() -> str:

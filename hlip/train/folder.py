@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..model import Tokenizer
 from ..model.variants import canonical_name
-from ..storage import reason, write_atomically, write_tensors
+from ..storage import reason, remove_partial, write_atomically, write_tensors
 from .config import ModelConfig, TrainConfig, load_config
 from .run import loss_kind
 
@@ -100,6 +100,8 @@ def start_folder(config: TrainConfig, tokenizer: Tokenizer | None) -> None:
     """
     folder = Path(config.run)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS, STATE, CONFIG, TOKENIZER):
+        remove_partial(folder / name)
     if tokenizer is not None:
         for name in (WEIGHTS, STATE):
             (folder / name).unlink(missing_ok=True)

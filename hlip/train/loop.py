@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,16 @@ from .draws import Draws
 from .examples import Batch, Collate, SimulatedExamples
 from .folder import check_folder, save_state, start_folder
 from .inputs import make_datasets, make_tokenizer
-from .processes import main_says, make_accelerator, patient_group, said_once
+from .processes import (
+    Stopped,
+    highest,
+    ignore_stop_signals,
+    main_says,
+    make_accelerator,
+    patient_group,
+    said_once,
+    stop_signals,
+)
 from .run import build_model, check_model, check_text_length, check_vocabulary, load_state, loss_kind, open_tokenizer
 from .step import contrastive_step, random_state, set_random_state
 from .validate import Validation
@@ -120,6 +130,7 @@ class Trainer:
             drop_last=True,
             num_workers=workers,
             collate_fn=Collate(tokenizer, modes, config.prompt),
+            worker_init_fn=ignore_stop_signals,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # what the loader draws for itself is not taken from the model's numbers
             pin_memory=accelerator.device.type == "cuda",
@@ -146,7 +157,11 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def run(self, *, progress: bool = True) -> Metrics | None:
-        """Trains to the end (or to ``max_minutes``), evaluating and saving on the way."""
+        """Trains to the end (or to ``max_minutes``), evaluating and saving on the way.
+
+        Raises:
+            Stopped: SIGTERM or SIGUSR1 came while training; the step was finished and saved, and nothing evaluated.
+        """
         main = self.accelerator.is_main_process
         if main:
             from torch.utils.tensorboard import SummaryWriter
@@ -158,19 +173,10 @@ class Trainer:
             self._say(bar, f"{self.folder} has made all its {self.total_steps} steps: nothing is left to train")
         try:
             while self.step < self.total_steps and not self._late():
-                epoch = self.step // self.steps_per_epoch
-                self.sampler.epoch, self.sampler.skip = epoch, self.step % self.steps_per_epoch * self.per_step
-                for batches in self._micro_batches():
-                    tic = time.monotonic()
-                    loss = self.train_step(batches)
-                    self.step += 1
-                    self.seconds = time.monotonic() - started
-                    self._show(bar, batches, loss, time.monotonic() - tic)
-                    if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps or self._late():
-                        break
-                    if self._save_is_due():
-                        self.save()
-                self.save()  # before anything else can go wrong
+                with stop_signals() as came:
+                    self._train_epoch(bar, started, came)
+                    self.save()  # before anything else can go wrong
+                    self._stop_if_asked(came)
                 every = self.config.evaluate_every
                 if every and self.step % (every * self.steps_per_epoch) == 0:
                     metrics, evaluated = self.evaluate(bar), self.step
@@ -184,6 +190,23 @@ class Trainer:
             if self.writer is not None:
                 self.writer.close()
         return metrics
+
+    def _train_epoch(self, bar, started: float, came: list[int]) -> None:
+        """The rest of an epoch, or what of it there is time for; ``came``: signals to stop."""
+        epoch = self.step // self.steps_per_epoch
+        self.sampler.epoch, self.sampler.skip = epoch, self.step % self.steps_per_epoch * self.per_step
+        for batches in self._micro_batches():
+            tic = time.monotonic()
+            loss = self.train_step(batches)
+            self.step += 1
+            self.seconds = time.monotonic() - started
+            self._show(bar, batches, loss, time.monotonic() - tic)
+            if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps or self._late():
+                break
+            if highest(self.accelerator, len(came)):
+                break
+            if self._save_is_due():
+                self.save()
 
     def train_step(self, batches: list[Batch]) -> float:
         """One optimiser step on one or more micro-batches; returns the loss, the same on every process."""
@@ -215,6 +238,14 @@ class Trainer:
             if len(group) == self.config.accumulate:
                 yield group
                 group = []
+
+    def _stop_if_asked(self, came: list[int]) -> None:
+        number = highest(self.accelerator, max(came, default=0))
+        if number:
+            raise Stopped(
+                f"stopped by {signal.Signals(number).name} after step {self.step} of {self.total_steps}, and saved; "
+                "--resume goes on from there", number,
+            )  # fmt: skip
 
     def _late(self) -> bool:
         """Whether time is up; like every decision by a clock, the main process's for all."""

@@ -1,9 +1,11 @@
-"""What several processes (``torchrun``) need to train together, and one alone does without."""
+"""What several processes (``torchrun``) need to train together, and one alone does without; and signals to stop."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,6 +13,43 @@ from datetime import timedelta
 import torch
 
 from .config import TrainConfig
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked to stop, and what was trained has been saved. ``status`` is that of a process the signal had ended."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.status = 128 + number
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The numbers of the signals that came while the block runs, and that do not end it. Outside of the main thread, none."""
+    came: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOP_SIGNALS}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals(_: int) -> None:
+    """For a loader's worker: the signals go to all processes of a job, and the last step still needs its studies."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def highest(accelerator, number: int) -> int:
+    """The highest of what the processes say, on every process."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def make_accelerator(config: TrainConfig):
