@@ -23,6 +23,8 @@ from hlip.train.tables import read_labels, read_reports
         ("A shift of approx. 4 mm. A nodule of segment 2. No mass.",
          ["A shift of approx. 4 mm.", "A nodule of segment 2.", "No mass."]),
         ("Consistent with MS. No new lesion on MR. Unchanged.", ["Consistent with MS.", "No new lesion on MR.", "Unchanged."]),
+        ("Pas de saignement. Épaississement méningé. œdème.", ["Pas de saignement.", "Épaississement méningé. œdème."]),
+        ("Норма. Отёк мозга. Ödem.", ["Норма.", "Отёк мозга.", "Ödem."]),
         # numbered impressions
         ("1. No acute intracranial hemorrhage.\n2. Chronic small vessel disease.\n3. Old right MCA infarct.",
          ["No acute intracranial hemorrhage.", "Chronic small vessel disease.", "Old right MCA infarct."]),
