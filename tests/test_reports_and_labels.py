@@ -1,6 +1,7 @@
 """Reports as sentences, and the tables and text files that people bring."""
 
 import logging
+import unicodedata
 
 import pytest
 from data_files import volume
@@ -48,6 +49,29 @@ def test_reports_as_sentences(report, sentences):
 def test_long_reports_take_no_longer_than_they_are():
     assert len(split_sentences("No mass seen. " * 50_000)) == 50_000
     assert split_sentences("1. - " * 50_000) == []
+
+
+# ------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize("on_disk, in_table", [("NFD", "NFC"), ("NFC", "NFD"), ("NFD", "NFD")])
+def test_names_with_accents_meet_however_they_are_written(tmp_path, on_disk, in_table, caplog):
+    folder, table = (unicodedata.normalize(form, "Zoë-Ødegård") for form in (on_disk, in_table))
+    volume(tmp_path / "studies" / folder / "t1.nii.gz", (5, 20, 20), (1.0, 1.0, 4.0))
+    (tmp_path / "r.csv").write_text(f"study,report\n{table},Normal.\n", encoding="utf-8")
+    (tmp_path / "l.csv").write_text(f"study,mass\n{table},1\n", encoding="utf-8")
+    studies = FolderStudies(tmp_path / "studies", reports=tmp_path / "r.csv", preset="mri")
+    assert studies.names == list(read_labels(tmp_path / "l.csv", ["mass"])) == ["Zoë-Ødegård"] and not caplog.text
+    assert studies[0].sentences == ["Normal."] and studies[0].name == "Zoë-Ødegård"
+
+
+def test_reports_of_no_study_are_told_in_one_line(tmp_path, caplog):
+    (tmp_path / "studies" / "a").mkdir(parents=True)
+    (tmp_path / "r.csv").write_text("study,report\na,Normal.\nb,Mass.\nc,Bleed.\nc,Edema.\n")
+    FolderStudies(tmp_path / "studies", reports=tmp_path / "r.csv")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"2 of 3 studies that {tmp_path / 'r.csv'} has reports for are not in {tmp_path / 'studies'}, e.g. b"
+    ]
 
 
 # ------------------------------------------------------------------ CSV files

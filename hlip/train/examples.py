@@ -15,7 +15,7 @@ from ..model import StudyBatch
 from ..storage import reason
 from .prepared import PreparedCache, prepare_study
 from .sentences import split_sentences
-from .tables import read_labels, read_reports, report_file
+from .tables import read_labels, read_reports, report_file, study_name
 
 __all__ = [
     "Batch", "Collate", "Example", "FolderStudies", "SimulatedExamples", "make_text", "read_labels", "read_reports",
@@ -141,6 +141,13 @@ class FolderStudies(Dataset):
                 sentences, problem = None, problem or reason(error)
             if sentences:
                 found[path] = sentences
+        names = set(self.names)
+        absent = [name for name in by_study or () if name not in names]
+        if absent:
+            log.warning(
+                "%d of %d studies that %s has reports for are not in %s, e.g. %s",
+                len(absent), len(by_study), reports, self.folder, absent[0],
+            )  # fmt: skip
         missing = [path for path in self.paths if path not in found]
         if missing:
             where = f"in {reports}" if reports else "(report.txt in the study's folder)"
@@ -157,7 +164,8 @@ class FolderStudies(Dataset):
 
     def name(self, path: Path) -> str:
         """A study's name: its path below the folder."""
-        return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else path.as_posix()
+        below = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
+        return study_name(below.as_posix())
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -51,6 +52,11 @@ def read_labels(path: str | Path, classes: Sequence[str]) -> dict[str, list[floa
     return labels
 
 
+def study_name(name: str) -> str:
+    """A study's name as names are compared: of an accented letter some systems make two characters, others one (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
 def report_file(folder: Path) -> list[str]:
     """The sentences of ``report.txt`` in a study's folder; none without such a file.
 
@@ -92,7 +98,7 @@ def _rows(path: str | Path, what: str, columns: Sequence[str]) -> Iterator[tuple
             cells = {column: row[i] if i < len(row) else "" for column, i in at.items()}
             if not cells["study"]:
                 raise ValueError(f"{path}, line {reader.line_num}: no study is named (column 'study')")
-            yield reader.line_num, cells
+            yield reader.line_num, {**cells, "study": study_name(cells["study"])}
     except csv.Error as error:
         where = f"{path}, line {reader.line_num}"
         raise ValueError(
