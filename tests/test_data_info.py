@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from data_files import volume
 
@@ -28,6 +33,22 @@ def test_scans_of_another_modality_are_named(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "prepared as 'chest-ct-ragged': the name says \"ct\"" in out and out.count("values as for") == 1
     assert "pet: prepared as 'chest-ct-ragged, values as for mri': no modality in the file, and no values like" in out
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_has_seen_enough_ends_it_quietly(tmp_path, unbuffered):
+    for i in range(3):
+        volume(tmp_path / f"s{i}" / "t1.nii.gz", (7, 40, 36), (1.0, 1.0, 4.0))
+    read, write = os.pipe()
+    os.close(read)
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    environment["PYTHONUNBUFFERED"] = unbuffered
+    found = subprocess.run(
+        [sys.executable, "-m", "hlip", "info", str(tmp_path)], stdout=write, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(write)
+    assert (found.returncode, found.stderr) == (141, "")
 
 
 def test_follow_links(tmp_path, capsys):

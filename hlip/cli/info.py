@@ -32,6 +32,8 @@ def info(args) -> int:
         except StudyError as error:
             print(f"{error}\n", file=sys.stderr)
             failed += 1
+        except BrokenPipeError:  # of what is printed here: nobody reads on
+            raise
         except Exception as error:  # whatever is wrong with one study: the others are still shown
             print(f"{clean_text(path, 400)} cannot be prepared: {error or type(error).__name__}\n", file=sys.stderr)
             failed += 1

@@ -33,8 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     # What pydicom warns of is told study by study. A filter, because importing pydicom sets its level.
     logging.getLogger("pydicom").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
-        return args.run_command(args)
+        status = args.run_command(args)
+        sys.stdout.flush()
+        return status
     except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and args.command in ("info", "embed", "evaluate"):
+            # What they print goes into `head`, which has seen enough. Nothing is to be said of it at exit either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141  # as the shell has it of a program that SIGPIPE ended
         # What people can mend (files, disks, settings, packages) comes as a line, not as a traceback.
         print(f"hlip {args.command}{_process()}: {_reason(error)}", file=sys.stderr)
         return 1
