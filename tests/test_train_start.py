@@ -103,8 +103,10 @@ def test_a_run_is_replaced_when_asked(studies, run, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop.Trainer, "train_step", stopped)
+    curves = set((run / "tensorboard").iterdir())
     with pytest.raises(KeyboardInterrupt):
         start(studies, run, overwrite=True, data={"reports": str(reports)}, model={"width": 96})
+    assert curves and not curves & set((run / "tensorboard").iterdir())
     assert not (run / "model.safetensors").exists() and not (run / "state.pt").exists()
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["width"] == 96
     assert "haemorrhage" in (run / "tokenizer" / "tokenizer.json").read_text()  # learnt from the reports of this run

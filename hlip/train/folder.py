@@ -26,6 +26,7 @@ from .run import loss_kind
 log = logging.getLogger(__name__)
 
 WEIGHTS, STATE, CONFIG, TOKENIZER = "model.safetensors", "state.pt", "config.yaml", "tokenizer"
+EVENTS = "tensorboard"
 # What may change when a run is resumed: it says how to train, or how training began, not what the weights are.
 _MAY_CHANGE = {
     "text_pretrained", "checkpoint", "mae", "context_length", "patch_dropout", "drop_path", "grad_checkpointing", "backend"
@@ -105,6 +106,8 @@ def start_folder(config: TrainConfig, tokenizer: Tokenizer | None) -> None:
     if tokenizer is not None:
         for name in (WEIGHTS, STATE):
             (folder / name).unlink(missing_ok=True)
+        for curves in (folder / EVENTS).glob("events.out.tfevents.*"):  # would be drawn into those of this run
+            curves.unlink()
         _write_folder(folder / TOKENIZER, tokenizer.save)
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
     write_atomically(folder / CONFIG, lambda partial: Path(partial).write_text(text, encoding="utf-8"))

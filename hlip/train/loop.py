@@ -19,7 +19,7 @@ from ..progress import progress_bar
 from .config import TrainConfig
 from .draws import Draws
 from .examples import Batch, Collate, SimulatedExamples
-from .folder import check_folder, save_state, start_folder
+from .folder import EVENTS, check_folder, save_state, start_folder
 from .inputs import make_datasets, make_tokenizer
 from .processes import (
     Stopped,
@@ -166,7 +166,7 @@ class Trainer:
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+            self.writer = SummaryWriter(str(self.folder / EVENTS))
         bar = progress_bar(total=self.total_steps, initial=self.step, unit="step", disable=not (progress and main))
         metrics, evaluated, started = None, -1, time.monotonic()
         if self.step >= self.total_steps:
