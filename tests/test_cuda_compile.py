@@ -34,8 +34,9 @@ DTYPES = ("bfloat16", "float16")
 # sake of the blocks that then fit a multiprocessor; the record says how many.
 MOST_STACK = {("sm_90", 64): 0}
 MOST_STACK_ELSEWHERE = 96
-# The backward kernel for whole segments fills the registers on purpose: what does not fit are counters of its outer loops; of the
-# 230 instructions of the inner one two (on sm_90 one) load such words. Nobody has looked at why newer architectures need more.
+# The backward kernel for whole segments fills the registers on purpose: what does not fit are counters of its outer loops; of
+# the 230 instructions of the inner one two (on sm_90 one) load such words. Nobody has looked at why newer architectures need
+# more.
 MOST_STACK_WHOLE = {"sm_80": 24, "sm_86": 24, "sm_90": 16}
 MOST_STACK_WHOLE_ELSEWHERE = 112
 KERNELS = [(f"short_attention_{name}", 0, 0) for name in ("forward", "whole_forward", "backward")]
