@@ -1,4 +1,4 @@
-"""From the prefix rows of one level to those of another, in place: ``hlip::switch_level``.
+"""From the prefix rows of one level to those of another, in place: ``switch_level``, and ``hlip::switch_tail`` under it.
 
 Down: every child gets its parent's prefix. Up: a parent's prefix is the mean over all its children (the rule of HLIP,
 arXiv 2505.21862). Patch rows are neither read nor written.
@@ -48,60 +48,46 @@ def switch_level(x: Tensor, layout: Layout, old: str, new: str, *, inplace: bool
     refuse_tangents("switch_level", "it is linear, so apply it to the tangent", x)
     up = low < high
     child, parent = (old, new) if up else (new, old)
-    torch.ops.hlip.switch_level(
-        x, layout.children(child, parent), layout.parents(child, parent), layout.num_tokens, layout.num_prefix, up
-    )
+    tail = x[layout.num_tokens :]
+    # torch's copy mutates x, the op does not: what an op of ours does to an input of a compiled graph, autograd would not see.
+    tables = layout.children(child, parent), layout.parents(child, parent)
+    tail.copy_(torch.ops.hlip.switch_tail(tail, *tables, layout.num_prefix, up, up))
     return x
 
 
-@torch.library.custom_op("hlip::switch_level", mutates_args=("x",))
-def _switch_level(x: Tensor, children: Tensor, parents: Tensor, num_tokens: int, num_prefix: int, up: bool) -> None:
-    tail = x[num_tokens:]
-    if tail.numel():
-        tail.copy_(_tail(tail, children, parents, num_prefix, up, divide=up))
+@torch.library.custom_op("hlip::switch_tail", mutates_args=())
+def _switch_tail(source: Tensor, children: Tensor, parents: Tensor, num_prefix: int, up: bool, divide: bool) -> Tensor:
+    source = source.contiguous()  # a gradient may be anything
+    if source.numel() and native.usable(source):
+        return native.switch_tail(source, children, parents, num_prefix, up, divide)
+    return torch_switch_tail(source, children, parents, num_prefix, up, divide)
 
 
-@_switch_level.register_fake
-def _(x, children, parents, num_tokens, num_prefix, up):
-    return None
+@_switch_tail.register_fake
+def _(source, children, parents, num_prefix, up, divide):
+    return torch.empty_like(source, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("hlip::switch_level_backward", mutates_args=())
-def _switch_level_backward(
-    grad: Tensor, children: Tensor, parents: Tensor, num_tokens: int, num_prefix: int, up: bool
-) -> Tensor:
-    # A copy, because autograd may hand the same gradient to somebody else.
-    grad_x = grad.clone(memory_format=torch.contiguous_format)
-    tail = grad_x[num_tokens:]
-    if tail.numel():
-        # Transposed: the gradient of a mean is a divided broadcast, that of a broadcast is a sum.
-        tail.copy_(_tail(tail, children, parents, num_prefix, not up, divide=up))
-    return grad_x
-
-
-@_switch_level_backward.register_fake
-def _(grad, children, parents, num_tokens, num_prefix, up):
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
-
-
-def _setup_backward(ctx, inputs, output):
-    _, children, parents, *ctx.sizes = inputs
+def _setup(ctx, inputs, output):
+    _, children, parents, *ctx.options = inputs
     ctx.save_for_backward(children, parents)
 
 
-def _backward_of_backward(ctx, grad_x):  # the op is linear: the transpose of its transpose is itself
-    grad = grad_x.clone(memory_format=torch.contiguous_format)
-    torch.ops.hlip.switch_level(grad, *ctx.saved_tensors, *ctx.sizes)
-    return grad, None, None, None, None, None
+def _backward(ctx, grad):  # transposed: the gradient of a mean is a divided broadcast, that of a broadcast is a sum
+    num_prefix, up, divide = ctx.options
+    grad_source = torch.ops.hlip.switch_tail(grad, *ctx.saved_tensors, num_prefix, not up, divide)
+    return grad_source, None, None, None, None, None
 
 
-_switch_level_backward.register_autograd(_backward_of_backward, setup_context=_setup_backward)
+_switch_tail.register_autograd(_backward, setup_context=_setup)
 
 
-def _tail(source: Tensor, children: Tensor, parents: Tensor, num_prefix: int, up: bool, divide: bool) -> Tensor:
-    if native.usable(source):
-        return native.switch_tail(source, children, parents, num_prefix, up, divide)
-    return torch_switch_tail(source, children, parents, num_prefix, up, divide)
+@_switch_tail.register_vmap
+def _(info, in_dims, source, *rest):  # a batch of tails is one of as many channels
+    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+        raise ValueError("under vmap, switch_level takes a batch of x with one layout")
+    rows = source.movedim(in_dims[0], 1)
+    return torch.ops.hlip.switch_tail(rows.flatten(1), *rest).view(rows.shape), 1
 
 
 def torch_switch_tail(source: Tensor, children: Tensor, parents: Tensor, num_prefix: int, up: bool, divide: bool) -> Tensor:
@@ -128,38 +114,3 @@ def torch_switch_tail(source: Tensor, children: Tensor, parents: Tensor, num_pre
             rows = rows / counts
         result[:live_children] = rows.index_select(0, parents).view(live_children, channels)
     return result
-
-
-@_switch_level.register_vmap
-def _(info, in_dims, x, *rest):  # a batch of buffers is one of as many channels
-    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
-        raise ValueError("under vmap, switch_level takes a batch of x with one layout")
-    rows = x.movedim(in_dims[0], 1)
-    buffer = rows.flatten(1)
-    torch.ops.hlip.switch_level(buffer, *rest)
-    rows.copy_(buffer.view(rows.shape))
-    return None, None
-
-
-class _SwitchLevel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, children, parents, num_tokens, num_prefix, up):
-        with torch._C._AutoDispatchBelowAutograd():
-            torch.ops.hlip.switch_level.default(x, children, parents, num_tokens, num_prefix, up)
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(children, parents)
-        ctx.sizes = num_tokens, num_prefix, up
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.ops.hlip.switch_level_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None, None
-
-
-def _autograd(x, children, parents, num_tokens, num_prefix, up):
-    _SwitchLevel.apply(x, children, parents, num_tokens, num_prefix, up)
-
-
-# torch.library.register_autograd takes functional ops only; an op that mutates gets its autograd kernel directly.
-_library = torch.library.Library("hlip", "FRAGMENT")
-_library.impl("switch_level", _autograd, "Autograd", allow_override=True)
