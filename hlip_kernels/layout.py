@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from .compiling import any_length
+from .compiling import any_length, outside_graphs
 from .layout_input import (
     check_count,
     check_names,
@@ -32,6 +32,12 @@ from .layout_tables import host_tables
 from .pattern import Plan, pattern_table
 
 MEDICAL_LEVELS = ("slice", "scan", "study")
+
+_building = outside_graphs("a Layout is built on the host: build it, drop rows and move it before the compiled call")
+_UNBUILT = (
+    "this attention pattern is not built yet and cannot be built inside torch.compile: call "
+    "layout.pattern(level, neighbours=..., summary=...) once before the compiled call"
+)
 
 
 class Layout:
@@ -99,6 +105,7 @@ class Layout:
     # ------------------------------------------------------------------ constructors
 
     @classmethod
+    @_building
     def from_grids(
         cls,
         grids: Sequence[Sequence[tuple[int, int, int]]],
@@ -123,6 +130,7 @@ class Layout:
         return cls(levels, token_offsets, child_offsets, num_prefix=num_prefix, row_multiple=row_multiple, grids=grids)
 
     @classmethod
+    @_building
     def from_lengths(
         cls,
         lengths: Sequence,
@@ -158,6 +166,7 @@ class Layout:
         return cls(levels, token_offsets, child_offsets, num_prefix=num_prefix, row_multiple=row_multiple)
 
     @classmethod
+    @_building
     def from_offsets(
         cls,
         offsets: Mapping[str, Sequence[int] | np.ndarray | torch.Tensor],
@@ -247,13 +256,7 @@ class Layout:
             self.index(summary)
         plan = self._patterns.get((level, neighbours, summary))
         if plan is None:
-            if torch.compiler.is_compiling():
-                raise RuntimeError(
-                    "this attention pattern is not built yet and cannot be built inside torch.compile: call "
-                    "layout.pattern(level, neighbours=..., summary=...) once before the compiled call"
-                )
-            plan = Plan(pattern_table(self, level, neighbours, summary))
-            self._patterns[level, neighbours, summary] = plan
+            plan = self._build(level, neighbours, summary)
         return plan.table
 
     def dense_mask(self, level: str, *, neighbours: int = 0, summary: str | None = None) -> torch.Tensor:
@@ -276,6 +279,7 @@ class Layout:
         """For ``torch.utils.data.DataLoader(pin_memory=True)``: page-locks the index buffer so that ``to`` is asynchronous."""
         return self._with_tables(lambda blob: blob.cpu().pin_memory())
 
+    @_building
     def drop(self, keep: torch.Tensor | np.ndarray) -> Layout:
         """The layout that remains when only the patch rows with ``keep[i]`` stay, e.g. after patch dropout.
 
@@ -318,10 +322,18 @@ class Layout:
             raise ValueError(f"{child!r} is not finer than {parent!r} (levels, finest first: {self.levels})")
         return low, high
 
+    @outside_graphs(_UNBUILT)
+    def _build(self, *pattern) -> Plan:
+        if torch.compiler.is_compiling():  # torch.export, which runs this itself, on tensors without numbers
+            raise RuntimeError(_UNBUILT)
+        plan = self._patterns[pattern] = Plan(pattern_table(self, *pattern))
+        return plan
+
     @property
     def device(self) -> torch.device:
         return self._blob.device
 
+    @_building
     def _with_tables(self, moved: Callable[[torch.Tensor], torch.Tensor]) -> Layout:
         """The same layout, patterns included, with its index buffer moved."""
         other = object.__new__(Layout)

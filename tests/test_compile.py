@@ -1,10 +1,14 @@
-"""``torch.compile`` in parts: blocks one by one, graph breaks, and rows that a compiled graph is given and writes into."""
+"""``torch.compile`` in parts: blocks one by one, graph breaks, layouts made between graphs, rows that a graph writes into."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
-from attention_truth import RAGGED, make, relative
+from attention_truth import LEVELS, RAGGED, make, relative
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from hlip_kernels import HierarchicalAttention, segment_mean, switch_level
+from hlip_kernels import HierarchicalAttention, Layout, segment_mean, switch_level
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +124,107 @@ def test_a_model_compiled_in_parts_has_its_gradients(backend, how):
             net.compile(backend=backend, dynamic=True)
     for expected, got in zip(*rows, strict=True):
         assert relative(got, expected) < 1e-4
+
+
+class Dropping(torch.nn.Module):
+    """Builds a layout, drops rows of it, and asks for a pattern, all in its forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = HierarchicalAttention(16, 2, neighbours=1)
+
+    def forward(self, x, lengths, keep):
+        layout = Layout.from_lengths(lengths, num_prefix=1, levels=LEVELS).to(x.device)
+        patches, prefixes = x.split([layout.num_tokens, x.shape[0] - layout.num_tokens])
+        dropped = layout.drop(keep)
+        x = self.attn(torch.cat([patches[keep], prefixes]), dropped, "slice")
+        return segment_mean(switch_level(x, dropped, "slice", "study"), dropped, "study")
+
+
+@pytest.mark.parametrize("build", [Layout.from_lengths, Layout.from_grids, Layout.from_offsets], ids=lambda f: f.__name__)
+def test_a_layout_built_in_a_compiled_function_breaks_the_graph(build):
+    shape = {"from_lengths": [[[6, 6], [6]]], "from_grids": [[(2, 2, 3), (1, 2, 3)]], "from_offsets": {"slice": [0, 6, 12, 18]}}
+
+    def f(x):
+        layout = build(shape[build.__name__])
+        return segment_mean(x.sin(), layout, "slice").cos()
+
+    x = torch.randn(18, 3)
+    torch.testing.assert_close(torch.compile(f, backend="aot_eager")(x), f(x))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="built on the host"):
+        torch.compile(f, backend="aot_eager", fullgraph=True)(x)
+
+
+def test_a_model_that_drops_rows_compiles_in_parts_and_not_for_ever():
+    model, counter, counts = Dropping(), CompileCounterWithBackend("aot_eager"), []
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    for lengths in ([[[5, 3], [17]], [[2, 9, 4]]], [[[7, 3], [16]], [[2, 8, 4], [3]]], RAGGED, [[[64] * 3] * 2] * 5):
+        rows = make(lengths, 1)
+        keep = torch.arange(rows.num_tokens) % 3 > 0
+        x = torch.randn(rows.num_rows, 16, requires_grad=True)
+        assert_same(lambda: compiled(x, lengths, keep), lambda: model(x, lengths, keep), [x])  # noqa: B023
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[-2], counts
+
+
+def run_alone(code):
+    """In a process of its own, in which nothing has loaded dynamo."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_layout_does_not_load_dynamo():
+    run_alone("""
+import copy, pickle, sys
+import numpy as np
+from hlip_kernels import Layout
+
+layout = Layout.from_grids([[(2, 2, 2), (1, 2, 2)]], num_prefix=1)
+layout.pattern("slice", neighbours=1)
+pickle.loads(pickle.dumps(layout.drop(np.arange(12) % 2 > 0)))
+layout.to("meta")
+assert "torch._dynamo" not in sys.modules
+""")
+
+
+def test_layouts_made_before_dynamo_was_loaded_compile_once():
+    run_alone("""
+import sys
+from hlip_kernels import Layout
+
+# Some tables of the first are equally long, and not those of the next.
+batches = [[[[5, 3], [17]], [[2, 9, 4]]], [[[7, 3], [16]], [[2, 8, 4], [3]]], [[[64] * 3] * 2] * 5]
+layouts = [Layout.from_lengths(batch, num_prefix=2, row_multiple=16) for batch in batches]
+assert "torch._dynamo" not in sys.modules
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from hlip_kernels import HierarchicalAttention, segment_mean, switch_level
+
+layer, counter = HierarchicalAttention(16, 2), CompileCounterWithBackend("aot_eager")
+
+def f(x, layout):
+    x = switch_level(layer(x, layout, "slice"), layout, "slice", "study")
+    return segment_mean(layer(x, layout, "study"), layout, "study")
+
+compiled, counts = torch.compile(f, backend=counter, fullgraph=True, dynamic=True), set()
+for layout in layouts:
+    x = torch.randn(layout.num_rows, 16)
+    torch.testing.assert_close(compiled(x, layout), f(x, layout))
+    counts.add(counter.frame_count)
+assert len(counts) == 1, counts
+""")
+
+
+def test_a_layout_first_built_in_a_whole_graph_says_why_not():
+    run_alone("""
+import torch
+from hlip_kernels import Layout
+
+try:
+    torch.compile(lambda x: x[Layout.from_lengths([3]).prefix_rows("segment")], backend="eager", fullgraph=True)(torch.ones(3))
+except Exception as error:
+    assert "built on the host" in str(error), error
+else:
+    raise AssertionError("no error")
+""")
