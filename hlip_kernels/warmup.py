@@ -12,7 +12,7 @@ from .options import options_by_level
 
 
 def warmup(
-    layouts: Iterable[Layout],
+    layouts: Iterable[Layout] | Layout,
     *,
     heads: int,
     head_dim: int,
@@ -34,7 +34,7 @@ def warmup(
     validation set or before capturing a CUDA graph, and their first real call finds them made.
 
     Args:
-        layouts: on the device that attention will run on.
+        layouts: on the device that attention will run on; several or one.
         heads, head_dim, dtype: of q, k and v, which are made as views of one packed ``(R, 3, heads, head_dim)`` projection.
         levels: default: all of each layout, with ``neighbours`` and ``summary`` only where a level can have them.
         backward: also the backward pass.
@@ -46,14 +46,15 @@ def warmup(
     """
     same = {"backend": backend, "deterministic": deterministic, "allow_tf32": allow_tf32}
     pattern = {"neighbours": neighbours, "summary": summary}
-    for layout in layouts:
+    for layout in [layouts] if isinstance(layouts, Layout) else layouts:
         shape = (layout.num_rows, 3, heads, head_dim)
         if levels is None:
             chosen = options_by_level(layout.levels, layout.levels, **pattern)
         else:
             chosen = dict.fromkeys(levels, pattern)
         for level, options in chosen.items():
-            qkv = torch.zeros(shape, dtype=dtype, device=layout.device, requires_grad=backward)
-            out = attention(*qkv.unbind(1), layout, level, **options, **same)
-            if backward:
-                out.backward(torch.zeros_like(out))
+            with torch.inference_mode(False), torch.set_grad_enabled(backward):  # whatever the caller's mode
+                qkv = torch.zeros(shape, dtype=dtype, device=layout.device, requires_grad=backward)
+                out = attention(*qkv.unbind(1), layout, level, **options, **same)
+                if backward:
+                    out.backward(torch.zeros_like(out))

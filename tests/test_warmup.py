@@ -43,6 +43,16 @@ def test_levels_can_be_chosen_and_the_backward_pass_left_out():
         warmup([layout], heads=1, head_dim=16, levels=["nowhere"])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_works_without_gradients_around_it(mode):
+    layout = Layout.from_grids(GRIDS, num_prefix=1)
+    with mode():
+        warmup(layout, heads=2, head_dim=16, backend="sdpa")  # one is as good as a list of one
+    qkv = torch.randn(layout.num_rows, 3, 2, 16, requires_grad=True)
+    attention(*qkv.unbind(1), layout, "scan", backend="sdpa").sum().backward()
+    assert qkv.grad.isfinite().all()
+
+
 def test_each_level_has_the_options_it_can_have():
     levels = ("slice", "scan", "study")
     both = {"neighbours": 2, "summary": "scan"}
