@@ -48,11 +48,36 @@ def switch_level(x: Tensor, layout: Layout, old: str, new: str, *, inplace: bool
     refuse_tangents("switch_level", "it is linear, so apply it to the tangent", x)
     up = low < high
     child, parent = (old, new) if up else (new, old)
-    tail = x[layout.num_tokens :]
-    # torch's copy mutates x, the op does not: what an op of ours does to an input of a compiled graph, autograd would not see.
-    tables = layout.children(child, parent), layout.parents(child, parent)
-    tail.copy_(torch.ops.hlip.switch_tail(tail, *tables, layout.num_prefix, up, up))
+    change = layout.children(child, parent), layout.parents(child, parent), layout.num_tokens, layout.num_prefix, up
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _rewrite(x, *change, up)
+    return _Rewrite.apply(x, *change)
+
+
+def _rewrite(x: Tensor, children: Tensor, parents: Tensor, num_tokens: int, num_prefix: int, up: bool, divide: bool) -> Tensor:
+    """Writes the new tail. torch's copy mutates x, the op does not: what an op of ours does to an input of a compiled graph,
+    autograd would not see."""
+    tail = x[num_tokens:]
+    tail.copy_(torch.ops.hlip.switch_tail(tail, children, parents, num_prefix, up, divide))
     return x
+
+
+class _Rewrite(torch.autograd.Function):
+    """The same in eager mode: the backward pass of torch's copy goes over the gradient rows three times, this one once."""
+
+    @staticmethod
+    def forward(ctx, x, children, parents, num_tokens, num_prefix, up):
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(children, parents)
+        ctx.sizes = num_tokens, num_prefix
+        ctx.up = up
+        return _rewrite(x, children, parents, num_tokens, num_prefix, up, up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # A copy, because autograd may hand the same gradient to somebody else.
+        grad_x = grad.clone(memory_format=torch.contiguous_format)
+        return _rewrite(grad_x, *ctx.saved_tensors, *ctx.sizes, not ctx.up, ctx.up), None, None, None, None, None
 
 
 @torch.library.custom_op("hlip::switch_tail", mutates_args=())
