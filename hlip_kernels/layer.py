@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backends import BACKENDS
 from .layout import Layout
+from .layout_input import is_int
 from .ops import attention
 
 
@@ -39,7 +41,8 @@ class HierarchicalAttention(nn.Module):
     All options go by keyword: timm's order differs from version to version.
 
     Raises:
-        ValueError: ``num_heads`` that does not divide ``dim``, no ``norm_layer`` where one is needed, ``neighbours`` below 0.
+        ValueError: ``num_heads`` that does not divide ``dim``, no ``norm_layer`` where one is needed, a head dim below 1,
+            ``neighbours`` that is no int >= 0, an unknown ``backend``. TypeError: ``summary`` that is no name.
     """
 
     def __init__(
@@ -70,12 +73,19 @@ class HierarchicalAttention(nn.Module):
             raise ValueError(f"dim ({dim}) must be divisible by num_heads ({num_heads})")
         if (qk_norm or scale_norm) and norm_layer is None:
             raise ValueError("qk_norm and scale_norm need a norm_layer, e.g. torch.nn.LayerNorm; got None")
-        if neighbours < 0:
-            raise ValueError(f"neighbours must be an int >= 0, got {neighbours}")
+        head_dim = dim // num_heads if attn_head_dim is None else attn_head_dim
+        if head_dim < 1:
+            raise ValueError(f"the head dim must be 1 or more, got {head_dim} (dim={dim}, attn_head_dim={attn_head_dim})")
+        if not is_int(neighbours) or neighbours < 0:
+            raise ValueError(f"neighbours must be an int >= 0, got {neighbours!r}")
+        if summary is not None and not isinstance(summary, str):
+            raise TypeError(f"summary must be the name of a level or None, got {summary!r}")
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         # Only what is given: not every norm layer takes these.
         made = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads if attn_head_dim is None else attn_head_dim
+        self.head_dim = head_dim
         self.attn_dim = num_heads * self.head_dim
         self.scale = self.head_dim**-0.5
         self.neighbours, self.summary, self.backend = neighbours, summary, backend

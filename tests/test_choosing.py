@@ -156,3 +156,16 @@ def test_backends_can_be_done_without():
     assert done.stdout.split() == [
         name for name in BACKENDS if name not in ("hopper", "hopper_ordered", "flash", "cuda_halves")
     ]
+    assert "names no backend with nonsense" in done.stderr
+
+
+def test_without_any_that_could_run_it_auto_says_why():
+    code = """
+import torch
+from hlip_kernels import Layout, attention
+x = torch.ones(3, 1, 16)
+attention(x, x, x, Layout.from_lengths([3]), "segment")
+"""
+    environment = os.environ | {"HLIP_KERNELS_WITHOUT": "reference sdpa triton"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "NotImplementedError: no backend can run" in done.stderr and "KeyError" not in done.stderr

@@ -294,6 +294,12 @@ def test_bad_arguments_are_named():
         layer(torch.randn(2, 3, 16), layout, "scan")
     with pytest.raises(ValueError, match="dense"):
         layer(torch.randn(3, 16))
+    for name, value in (("neighbours", 1.5), ("neighbours", "1"), ("backend", "fastest"), ("summary", 2)):
+        with pytest.raises((ValueError, TypeError), match=f"{name} must be .* got {value!r}"):
+            HierarchicalAttention(16, 2, **{name: value})
+    for shape in ({"dim": 0}, {"dim": 16, "attn_head_dim": 0}):
+        with pytest.raises(ValueError, match="head dim must be 1 or more"):
+            HierarchicalAttention(num_heads=2, **shape)
     assert "heads=2" in repr(layer) and "backend='auto'" in repr(layer)
 
 

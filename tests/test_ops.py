@@ -276,6 +276,16 @@ def test_patchify_gradient(edge, kept):
         (lambda: patchify(torch.zeros(8), (1, 1, 1)), ["shapes"]),
         (lambda: patchify(torch.zeros(8), (1, 1, 1), shapes=[(2, 2, 3)]), ["12", "8"]),
         (lambda: patchify([torch.zeros(1, 1, 1)], (1, 1, 1), keep=torch.ones(1)), ["keep", "float32"]),
+        (lambda: segment_mean([[0.0]], Layout.from_lengths([1]), "segment"), ["x", "tensor", "list"]),
+        (lambda: attention(*[torch.zeros(1, 1, 0)] * 3, Layout.from_lengths([1]), "segment"), ["head dim", "0"]),
+        (
+            lambda: attention(*[torch.zeros(1, 1, 1).numpy()] * 3, Layout.from_lengths([1]), "segment"),
+            ["q", "tensor", "ndarray"],
+        ),
+        (
+            lambda: attention(*[torch.zeros(1, 1, 1)] * 2, None, Layout.from_lengths([1]), "segment"),
+            ["v", "tensor", "NoneType"],
+        ),
         (lambda: segment_mean(torch.zeros(4, 2), Layout.from_lengths([3]), "segment"), ["x", "4", "3"]),
         (lambda: segment_mean(torch.zeros(3), Layout.from_lengths([3]), "segment"), ["x", "(R, C)"]),
         (lambda: segment_mean(torch.zeros(3, 2), Layout.from_lengths([3]), "voxel"), ["voxel"]),
@@ -288,6 +298,12 @@ def test_bad_input_is_named(call, words):
     with pytest.raises((ValueError, TypeError)) as caught:
         call()
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_patches_to_keep_beyond_int32_do_not_wrap():
+    for far in (2**32 + 1, -(2**32) + 1):
+        with pytest.raises((IndexError, RuntimeError), match="out of range|out of bounds"):
+            patchify([torch.zeros(2, 2, 2)], (1, 1, 1), keep=torch.tensor([far]))
 
 
 # ------------------------------------------------------------------ registration

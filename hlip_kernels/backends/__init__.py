@@ -7,6 +7,7 @@ the same answer serves ``auto``, the error of an explicit choice, the tests' sha
 from __future__ import annotations
 
 import os
+import warnings
 
 from . import auto, cuda, flash, hopper, reference, sdpa, triton
 from .base import Backend, Query, Support
@@ -23,6 +24,10 @@ BACKENDS: dict[str, Backend] = {
 }
 # Should one misbehave: names of backends to do without, and with "hopper" without "hopper_ordered".
 _without = os.environ.get("HLIP_KERNELS_WITHOUT", "").split()
+if _unknown := [name for name in _without if name not in BACKENDS]:
+    warnings.warn(
+        f"HLIP_KERNELS_WITHOUT names no backend with {' '.join(_unknown)}; there are {' '.join(BACKENDS)}", stacklevel=2
+    )
 BACKENDS = {name: backend for name, backend in BACKENDS.items() if not {name, name.partition("_")[0]}.intersection(_without)}
 
 
@@ -51,7 +56,7 @@ def decide(query: Query) -> auto.Choice:
     for line in auto.table():
         if line.applies(query) and line.backend in BACKENDS and BACKENDS[line.backend].supports(query):
             return line
-    if BACKENDS["reference"].supports(query):
+    if "reference" in BACKENDS and BACKENDS["reference"].supports(query):
         return auto.Choice(query.device_type, "reference", "nothing else can run it")
     raise NotImplementedError(f"no backend can run {query}:\n{explain(query)}")
 

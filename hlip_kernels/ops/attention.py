@@ -74,6 +74,8 @@ def attention(
             )
     if q.dtype not in reference.DTYPES:
         raise ValueError(f"q, k and v must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    if q.shape[-1] == 0:
+        raise ValueError("q, k and v must have a head dim of 1 or more, got 0")
     scale = q.shape[-1] ** -0.5 if scale is None else check_scale(scale)
     plain = backend == "reference" and not torch.compiler.is_compiling()
     if not plain:

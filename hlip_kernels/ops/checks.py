@@ -14,15 +14,22 @@ from ..layout import Layout
 
 
 def check_layout(layout: Layout, x: Tensor, name: str) -> None:
-    """``layout`` is a Layout whose index tensors are on the device of ``x``."""
+    """``layout`` is a Layout whose index tensors are on the device of ``x``, a tensor."""
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be a hlip_kernels.Layout, got {type(layout).__name__}")
+    _check_tensor(x, name)
     if layout.device != x.device:
         raise ValueError(f"{name} is on {x.device} but the layout is on {layout.device}: use layout.to({name}.device)")
 
 
+def _check_tensor(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def check_rows(layout: Layout, x: Tensor, name: str, *, ndim: int) -> None:
     """``x`` is a floating packed buffer of this layout: ``ndim`` dimensions, ``layout.num_rows`` first."""
+    _check_tensor(x, name)
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
     if x.ndim != ndim:

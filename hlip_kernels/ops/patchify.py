@@ -121,7 +121,8 @@ def patchify(
                 f"keep must be int32 or int64 (T_kept,) on {voxels.device}, "
                 f"got {keep.dtype} {tuple(keep.shape)} on {keep.device}"
             )
-        keep = keep.int()
+        limits = torch.iinfo(torch.int32)
+        keep = keep.clamp(limits.min, limits.max).int()  # what int32 cannot hold stays out of range
         num_patches = len(keep)
     scale, shift = 1.0 / (max_value * std), -mean / std
     return torch.ops.hlip.patchify(voxels, sizes, keep, num_patches, [int(p) for p in patch], edge, scale, shift, dtype)
