@@ -113,7 +113,8 @@ def test_two_processes_take_the_step_of_one(stepped, loss, accumulate):
     assert ("logit_bias" in gradients) == (loss in ("dual", "siglip"))
     for name, expected in gradients.items():
         assert torch.equal(ours[2][name], theirs[2][name]), name
-        torch.testing.assert_close(ours[2][name], expected, rtol=1e-3, atol=1e-6 * max(1.0, float(expected.abs().max())))
+        # Each way of summing is up to 2.5e-6 of the largest gradient away from float64, on one CPU or the other.
+        torch.testing.assert_close(ours[2][name], expected, rtol=1e-3, atol=5e-6 * max(1.0, float(expected.abs().max())))
     assert all(torch.equal(ours[3][name], theirs[3][name]) for name in ours[3])
     # One process over micro-batches is the same step again.
     torch.testing.assert_close(alone[loss, 8, 2][2]["logit_scale"], gradients["logit_scale"], rtol=1e-3, atol=1e-6)
