@@ -49,9 +49,8 @@ def switch_level(x: Tensor, layout: Layout, old: str, new: str, *, inplace: bool
     up = low < high
     child, parent = (old, new) if up else (new, old)
     change = layout.children(child, parent), layout.parents(child, parent), layout.num_tokens, layout.num_prefix, up
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _rewrite(x, *change, up)
-    return _Rewrite.apply(x, *change)
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or type(x) is not Tensor
+    return _rewrite(x, *change, up) if traced else _Rewrite.apply(x, *change)
 
 
 def _rewrite(x: Tensor, children: Tensor, parents: Tensor, num_tokens: int, num_prefix: int, up: bool, divide: bool) -> Tensor:
