@@ -295,7 +295,7 @@ def test_heads_may_share_keys(backend):
 
 
 SANITIZED_DIMS = (32, 80)
-QUICK = "(every_band or a_nan or error_on_many or order_of_threads or odd_offset) and (float16-32 or bfloat16-80)"
+QUICK = "(own or a_nan or error_on_many or order_of_threads or odd_offset) and (float16-32 or bfloat16-80)"
 # The last row of the second segment is one past the end.
 OUT_OF_BOUNDS = """
 import test_short_attention as t

@@ -160,7 +160,7 @@ def test_the_kernel_that_runs_is_the_one_meant(backend, head_dim, shared):
         packs, q = packs_for(plan_of([3, rows]), head_dim), short.odd_offset(q)
         with pytest.raises(RuntimeError, match="misaligned") as caught:
             backend.kernels.short_attention_backward(grad, None, q, k, v, v, torch.zeros(2, rows + 3), packs, 1.0, None)
-        assert (" whole_backward.cuh:" if whole_launch(rows, head_dim, shared) else " pack.cuh:") in str(caught.value), rows
+        assert (" whole_segment.cuh:" if whole_launch(rows, head_dim, shared) else " pack.cuh:") in str(caught.value), rows
 
 
 @pytest.mark.parametrize(
