@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from hlip.cli import embed as embedding
 from hlip.cli import main
-from hlip.model import VARIANTS, create_model, train_tokenizer
+from hlip.model import VARIANTS, Tokenizer, create_model, train_tokenizer
 from hlip.train import published
 from hlip.train.config import config_from
 from hlip.train.run import build_model
@@ -237,7 +237,6 @@ def test_published_weights_that_cannot_be_told_or_do_not_fit(snapshot, place, ru
     save_file({"visual.trunk.cls_token": torch.zeros(1, 1, 48)}, other / "model.safetensors")
     assert main(["evaluate", str(other), "--model", NAME, *given()]) == 1
     assert "lacks" in capsys.readouterr().err
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for file in snapshot.glob("tokenizer*"):
         file.unlink()
     monkeypatch.setattr(published, "Tokenizer", offline)
@@ -256,7 +255,7 @@ def test_one_tokenizer_file_beside_the_weights_will_do(snapshot, place, kept, ca
 
 
 def test_a_tokenizer_beside_the_weights_that_is_not_used_is_said(snapshot, place, monkeypatch, caplog, capsys):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(published, "Tokenizer", lambda source, n: (Tokenizer if Path(source).exists() else offline)(source, n))
     (snapshot / "tokenizer.json").write_text("{}")
     assert main(["evaluate", str(snapshot), *given()]) == 1
     assert f"{snapshot}: its tokenizer is not used, but that of microsoft/" in caplog.text
