@@ -24,9 +24,10 @@ $(BIN)/python:
 	  { echo "hlip-kernels needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp per set of extras: installing again only when the sources of the build changed.
+# One stamp per set of extras: installing again only when the sources of the build changed. Python compiles what is imported;
+# compiling all that torch brings would take a third of the time.
 $(VENV)/.installed-%: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable ".[$*]"
 	@touch $@
 
 demo: $(VENV)/.installed-model,data,demo
