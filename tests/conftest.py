@@ -1,5 +1,6 @@
 """Runs the Triton kernels in triton's interpreter where there is no GPU, and makes memory that nobody writes visible."""
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 import pytest
+from frames import with_room
 from interpreter import patch_once_a_launch
 
 INTERPRETER = "patched once a launch"
@@ -32,6 +34,10 @@ else:
 
 def pytest_report_header():
     return f"triton's interpreter: {INTERPRETER}"
+
+
+def pytest_itemcollected(item):
+    item.runtest = functools.partial(with_room, item.runtest)
 
 
 @pytest.fixture(autouse=True)

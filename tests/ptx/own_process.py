@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import torch
+from frames import with_room
 
 
 def compiled(test):
@@ -38,7 +39,7 @@ def _run(module: str, name: str, arguments: dict) -> None:
     torch.manual_seed(0)
     test = getattr(importlib.import_module(module), name).__wrapped__
     with mock.patch.object(torch, "empty", _poisoned), mock.patch.object(torch, "empty_like", _poisoned_like):
-        test(**arguments)
+        with_room(test, **arguments)
 
 
 def _filled(made: torch.Tensor) -> torch.Tensor:
