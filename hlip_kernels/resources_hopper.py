@@ -244,10 +244,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     parser.add_argument("--known", type=Path, help="rows of this file stand where what they were made of is the same")
+    parser.add_argument("--anew", nargs="+", type=int, default=[], help="head dims that are compiled all the same")
     args = parser.parse_args(argv)
     rows, known = [], read_rows(args.known, HopperResources) if args.known else []
     for combination in shipped(args.dtype, args.head_dim):
-        r = read_resources(*combination, known=known)
+        r = read_resources(*combination, known=[] if combination[2] in args.anew else known)
         rows.append(r)
         print(
             f"{r.kernel} {r.variant} {r.dtype} D={r.head_dim}: {r.consumers} consumers, {r.stages} tiles of {r.block}\n"

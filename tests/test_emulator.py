@@ -1,10 +1,13 @@
 """The emulator that runs CUDA kernels on the host: right results from good kernels, and the right complaint about bad ones."""
 
+import os
 import re
 from pathlib import Path
 
 import emulation
 import pytest
+
+filelock = pytest.importorskip("filelock")  # torch needs it too
 
 SOURCE = Path(__file__).parent / "emulator" / "self_test.cpp"
 # The entries of its table: CASE(name) or {"name", ...}.
@@ -13,7 +16,12 @@ CASES = [a or b for a, b in re.findall(r'^ {4}(?:CASE\((\w+)\)|\{"(\w+)", .*\}),
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
-    return emulation.build(SOURCE, tmp_path_factory.mktemp("emulator") / "self_test")
+    """Compiled once for all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    made = folder / "emulator-self-test"
+    with filelock.FileLock(folder / "emulator.lock"):
+        return made if made.exists() else emulation.build(SOURCE, made)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -53,8 +53,8 @@ def check(row):
 def test_products_loads_spills_and_overlap(dtype, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "hlip_kernels.resources_hopper", "--dtype", dtype, "--csv", str(tmp_path / "rows.csv")]
-    if dtype == "float16" and RECORD.exists():  # compiled again where it has changed, bfloat16 always
-        command += ["--known", str(RECORD)]
+    if RECORD.exists():  # compiled again where it has changed, and always in bfloat16 at head dim 64
+        command += ["--known", str(RECORD), *(["--anew", "64"] if dtype == "bfloat16" else [])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read_rows(tmp_path / "rows.csv", HopperResources)
