@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,8 @@ def attention(
     Args:
         q, k, v: ``(R, H, D)``, same shape, dtype and device, ``R = layout.num_rows``. Any strides with a contiguous last
             dimension: views of one packed ``(R, 3, H, D)`` projection are used where they are. float16, bfloat16,
-            float32; float64 on the ``reference`` and ``sdpa`` backends.
+            float32; float64 on the ``reference`` and ``sdpa`` backends. Under ``torch.autocast`` of their device all but
+            float64 are cast to its dtype first, as ``scaled_dot_product_attention`` casts them, and need not share one.
         layout: the ragged shape, on the same device. That of another batch which happens to have as many rows cannot be told
             from the right one: rows would attend across its borders, without an error.
         level: the name of the level to attend at.
@@ -50,9 +53,9 @@ def attention(
         return_lse: also return the natural log-sum-exp of the scaled logits.
 
     Returns:
-        out ``(R, H, D)`` in the dtype of ``v``, contiguous. With ``return_lse`` also lse ``(H, R)``, float32 (float64 for
-        float64 input). Rows outside every segment are 0 in both. Both are differentiable: any
-        number of times on ``reference``, once on the others.
+        out ``(R, H, D)`` in the dtype of ``v`` (as cast under autocast), contiguous. With ``return_lse`` also lse
+        ``(H, R)``, float32 (float64 for float64 input). Rows outside every segment are 0 in both. Both are differentiable:
+        any number of times on ``reference``, once on the others.
 
     Raises:
         TypeError, ValueError: wrong shape, dtype, device, stride, level or option, naming the argument.
@@ -62,6 +65,8 @@ def attention(
     check_layout(layout, q, "q")
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_rows(layout, t, name, ndim=3)
+    q, k, v = _autocast(q, k, v)
+    for name, t in (("q", q), ("k", k), ("v", v)):
         if t.stride(-1) != 1 and t.shape[-1] != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension (head dim); call .contiguous() on it")
         if t.shape != q.shape:
@@ -85,10 +90,28 @@ def attention(
         numerics = Numerics(deterministic, allow_tf32)
         choose(Query.of(q, Plan.of(pattern), numerics), backend)  # says no before the graph is built, with the reasons
     if plain:
-        out, lse = reference.attention(q, k, v, Plan.of(pattern), scale)  # plain autograd, any number of times
+        with _as_written(q.device):
+            out, lse = reference.attention(q, k, v, Plan.of(pattern), scale)  # plain autograd, any number of times
     else:
         out, lse = torch.ops.hlip.attention(q, k, v, pattern, scale, backend, deterministic, allow_tf32)
     return (out, lse) if return_lse else out
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Of ``torch.autocast`` on this device, ``None`` where it is off."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)  # an error for meta, which has none
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast, all but float64: torch's rule for ``scaled_dot_product_attention``."""
+    dtype = _autocast_dtype(tensors[0].device)
+    return tensors if dtype is None else tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _as_written(device: torch.device) -> AbstractContextManager:
+    """Without autocast: what a backend computes in float32 with torch's own products stays float32."""
+    return nullcontext() if _autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 @torch.library.custom_op("hlip::attention", mutates_args=())
@@ -101,7 +124,8 @@ def _attention(
     if q.numel() == 0:
         return _empty_outputs(q)
     numerics = Numerics(deterministic, allow_tf32)
-    return choose(Query.of(q, plan, numerics), backend).forward(q, k, v, plan, scale, numerics)
+    with _as_written(q.device):
+        return choose(Query.of(q, plan, numerics), backend).forward(q, k, v, plan, scale, numerics)
 
 
 @_attention.register_fake
@@ -137,7 +161,8 @@ def _attention_backward(
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     numerics = Numerics(deterministic, allow_tf32)
     chosen = choose(Query.of(q, plan, numerics, lse_gradient=grad_lse is not None), backend)
-    return chosen.backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics)
+    with _as_written(q.device):
+        return chosen.backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, numerics)
 
 
 @_attention_backward.register_fake
