@@ -34,11 +34,14 @@ def outside_graphs(reason: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     return decorate
 
 
-def any_length(table: Tensor) -> Tensor:
+def any_length(table: Tensor, *, at_least: int = 0) -> Tensor:
     """Tells dynamo that the length of an index table means nothing to the graph, and returns the table.
 
     Without it, dynamo assumes that two tables (or a table and the rows) which happen to be equally long always are
     ("duck sizing"), and compiles again for the first batch in which they are not.
+
+    ``at_least`` is what dynamo may rely on all the same: ``diff()`` asks whether there is an entry to begin with. Versions of
+    torch that do not know the mark pass over it.
     """
     decorators = sys.modules.get("torch._dynamo.decorators")
     if hasattr(decorators, "mark_unbacked"):
@@ -48,4 +51,6 @@ def any_length(table: Tensor) -> Tensor:
         table._dynamo_hint_overrides = {}
         table._specialize_on = {0: []}
         table._has_dynamo_dim_marking = True
+    if at_least:
+        table._dynamo_unbacked_bounds = {0: (at_least, None)}
     return table

@@ -214,6 +214,15 @@ class Layout:
         """int32 ``(S + 1,)`` cumulative patch rows of a level (``cu_seqlens``), on :attr:`device`."""
         return self._tables["offsets", self.index(level)]
 
+    def lengths(self, level: str) -> torch.Tensor:
+        """int32 ``(S,)`` patch rows of every segment of a level (prefix rows not counted), on :attr:`device`.
+
+        On the host they are ``np.diff(layout.host_offsets(level))``.
+        """
+        offsets, segments = self.offsets(level), self.num_segments(level)
+        # Not diff(): a graph of torch.compile would not know that these are as many as segment_mean returns.
+        return offsets.narrow(0, 1, segments) - offsets.narrow(0, 0, segments)
+
     def host_children(self, child: str, parent: str) -> np.ndarray:
         """int64 ``(S_parent + 1,)``: segments ``[c[s], c[s+1])`` of level ``child`` make up segment ``s`` of ``parent``."""
         low, high = self._pair(child, parent)
@@ -349,8 +358,8 @@ class Layout:
         self._tables = {key: self._blob[a:b] for key, (a, b) in self._spans.items()}
         for i in range(len(self.levels)):
             self._tables["chunks", i] = self._tables["chunks", i].view(-1, 3)
-        for table in self._tables.values():
-            any_length(table)
+        for key, table in self._tables.items():  # what is cumulative begins with a 0, always
+            any_length(table, at_least=1 if key[0] in ("offsets", "chunk_offsets", "children") else 0)
 
     def __setattr__(self, name: str, value) -> None:
         if self.__dict__.get("_frozen", False):

@@ -1,5 +1,6 @@
 """``torch.compile`` in parts: blocks one by one, graph breaks, layouts made between graphs, rows that a graph writes into."""
 
+import inspect
 import subprocess
 import sys
 
@@ -166,6 +167,26 @@ def test_a_model_that_drops_rows_compiles_in_parts_and_not_for_ever():
         assert_same(lambda: compiled(x, lengths, keep), lambda: model(x, lengths, keep), [x])  # noqa: B023
         counts.append(counter.frame_count)
     assert counts[-1] == counts[-2], counts
+
+
+SUMS = {
+    "lengths": lambda x, layout: segment_mean(x, layout, "scan") * layout.lengths("scan")[:, None],
+    "repeated": lambda x, layout: torch.repeat_interleave(layout.lengths("scan"), output_size=layout.num_tokens),
+    "diff": lambda x, layout: (layout.offsets("scan").diff(), layout.children("slice", "study").diff()),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_lengths_and_differences_compile_whole_and_once(name):
+    if name == "diff" and "min" not in inspect.signature(torch._dynamo.decorators.mark_unbacked).parameters:
+        pytest.skip("this torch cannot be told that a table has an entry; lengths() does not need it")
+    f, counter = SUMS[name], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(f, backend=counter, fullgraph=True, dynamic=True)
+    for lengths in ([[[5, 3], [17]], [[2, 9, 4]]], [[[7, 3], [16]], [[2, 8, 4], [3]]], RAGGED, [[[64] * 3] * 2] * 5):
+        layout = make(lengths, 1)
+        x = torch.randn(layout.num_rows, 7)
+        torch.testing.assert_close(compiled(x, layout), f(x, layout))
+        assert counter.frame_count == 1
 
 
 def run_alone(code):

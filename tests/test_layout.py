@@ -22,6 +22,8 @@ def test_offsets_and_counts(lengths, num_prefix, row_multiple):
         ranges = [r for r, _ in segments(lengths, level)]
         expected = [0, *(stop for _, stop in ranges)]
         assert layout.host_offsets(level).tolist() == expected == layout.offsets(level).tolist()
+        assert layout.lengths(level).tolist() == [stop - start for start, stop in ranges]
+        assert layout.lengths(level).dtype == torch.int32
         assert layout.num_segments(level) == len(ranges)
         assert layout.max_len(level) == max((b - a for a, b in ranges), default=0)
         assert isinstance(layout.max_len(level), int)
@@ -253,7 +255,7 @@ def test_moving_copies_one_buffer_and_shares_the_plans():
     layout = make(RAGGED, 1)
     table = layout.pattern("slice", neighbours=1)
     moved = layout.to("meta")
-    assert moved.device.type == "meta" and moved.offsets("scan").device.type == "meta"
+    assert {t.device.type for t in (moved, moved.offsets("scan"), moved.lengths("scan"))} == {"meta"}
     assert moved.pattern("slice", neighbours=1) is table
     assert layout.to("cpu") is layout
 
@@ -301,7 +303,7 @@ def test_a_plan_is_made_once():
 
 def test_unknown_levels_are_named():
     layout = make(RAGGED, 1)
-    for call in (layout.offsets, layout.max_len, layout.prefix_rows, layout.pattern, layout.dense_mask):
+    for call in (layout.offsets, layout.lengths, layout.max_len, layout.prefix_rows, layout.pattern, layout.dense_mask):
         with pytest.raises(ValueError, match="'voxel'"):
             call("voxel")
     with pytest.raises(ValueError, match="finer"):
