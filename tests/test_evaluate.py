@@ -8,7 +8,14 @@ import torch
 
 pytest.importorskip("open_clip")
 
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    f1_score,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
 from tiny import tiny_model
 
 from hlip.evaluate import benchmark, classification_metrics, zero_shot_classifier
@@ -19,8 +26,16 @@ def test_published_benchmarks_read_and_have_their_classes():
     counts = {name: len(benchmark(name).classes) for name in benchmarks()}
     assert counts and all(n >= 2 for n in counts.values()), counts
     for name in benchmarks():
-        for prompts in benchmark(name).prompts.values():
+        for prompts in (*benchmark(name).prompts.values(), *benchmark(name).against.values()):
             assert prompts and all(p.strip() and "{c}" not in p for p in prompts)
+
+
+def test_the_first_chest_benchmark_has_its_published_pairs():
+    chest = benchmark("ct_rate_v1")
+    assert len(chest.classes) == 16 and list(chest.against) == chest.classes == benchmark("ct_rate").classes
+    assert chest.prompts["Lung nodule"] == ("The volume shows: Nodule.",)
+    assert chest.against["Lung nodule"] == ("The volume shows: Not nodule.",)
+    assert chest.against["Atelectasis"] == ("The volume shows: Not atelectatic.",)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +93,15 @@ def test_prompt_files(tmp_path):
         ("classes: [a\n", "not readable as YAML"),
         ("[" * 5000, "not readable as YAML"),
         ("classes: &a [*a]", "classes: entry 1 must be text"),
+        ("classes: [a]\nagainst: no a", "against 'no a' lacks {c}, the place of the class phrase"),
+        (
+            "classes: [a]\nagainst: [no a]",
+            "against must be a text with {c}, or a mapping of all classes to phrases, got the list",
+        ),
+        ("classes: [a, b]\nagainst: {a: x}", "against lacks 'b': it must have the names of 'classes'"),
+        ("classes: [a]\nagainst: {a: x, c: y}", "against names 'c', which is no class"),
+        ("classes: [a]\nagainst: {a: 1}", "against: a must be text or a list of texts, got the number 1"),
+        ("classes: [a]\nkind: multiclass\nagainst: 'no {c}'", "against: classes of kind multiclass are scored against each"),
     ],
 )
 def test_prompt_files_of_the_wrong_shape_are_one_line(text, words, tmp_path):
@@ -115,6 +139,18 @@ def test_a_class_is_the_mean_of_its_normalised_prompts(kind):
     torch.testing.assert_close(scores, expected)
 
 
+@pytest.mark.parametrize("against", ["no {c}", {"a": ["no one", "no two"], "b": "no six"}])
+def test_a_class_is_scored_against_its_denial(against):
+    model = tiny_model().eval()
+    entry = {"classes": {"a": ["one", "two"], "b": "six"}, "templates": ["{c}", "x{c}"], "against": against}
+    classifier = zero_shot_classifier(model, Words(), parse("t", entry), batch_size=3)
+    denied = parse("t", {"classes": {"a": ["no one", "no two"], "b": "no six"}, "templates": entry["templates"]})
+    images = torch.randn(3, 24)
+    both = [c.cosine(images) for c in (classifier, zero_shot_classifier(model, Words(), denied))]
+    scale = float(model.logit_scale.exp().detach())
+    torch.testing.assert_close(classifier.scores(images), torch.softmax(scale * torch.stack(both), 0)[0])
+
+
 def test_multiclass_metrics_are_scikit_learns():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 60)
@@ -123,6 +159,39 @@ def test_multiclass_metrics_are_scikit_learns():
     assert metrics.macro_auc == pytest.approx(np.mean([roc_auc_score(y == c, scores[:, c]) for c in range(3)]))
     assert metrics.macro_balanced_accuracy == pytest.approx(balanced_accuracy_score(y, scores.argmax(1)))
     assert sum(metrics.positives) == 60 and "macro mean" in metrics.table()
+    won = scores.argmax(1)
+    assert metrics.overall == pytest.approx((accuracy_score(y, won), f1_score(y, won, average="weighted")))
+    assert f"accuracy {metrics.overall[0]:.3f}, weighted F1 {metrics.overall[1]:.3f}" in metrics.table()
+    assert metrics.precision == pytest.approx(precision_score(y, won, average=None))
+    assert metrics.recall == metrics.balanced_accuracy == pytest.approx(recall_score(y, won, average=None))
+    assert metrics.accuracy[1] == pytest.approx(accuracy_score(y == 1, won == 1)) and all(map(math.isnan, metrics.threshold))
+
+
+def test_multilabel_metrics_at_the_threshold_nearest_the_corner():
+    rng = np.random.default_rng(0)
+    labels = (rng.random((50, 2)) < 0.3).astype(float)
+    scores = (rng.standard_normal((50, 2)) + labels).round(1)  # with ties
+    metrics = classification_metrics(scores, labels, ["a", "b"])
+    for c, (y, s) in enumerate(zip(labels.T, scores.T, strict=True)):
+
+        def distance(t, y=y, s=s):
+            return np.hypot((s >= t)[y == 0].mean(), 1 - (s >= t)[y == 1].mean())
+
+        best = min(np.unique(s), key=lambda t: (distance(t).round(9), t))
+        chosen = s >= best
+        assert metrics.threshold[c] == best and metrics.accuracy[c] == pytest.approx(accuracy_score(y, chosen))
+        assert metrics.weighted_f1[c] == pytest.approx(f1_score(y, chosen, average="weighted"))
+        assert metrics.precision[c] == pytest.approx(precision_score(y, chosen))
+        assert metrics.recall[c] == pytest.approx(recall_score(y, chosen))
+        assert metrics.balanced_accuracy[c] >= (metrics.recall[c] + 1 - chosen[y == 0].mean()) / 2
+    table = metrics.table().splitlines()
+    assert table[0].split()[1:] == ["positives", "AUC", "balanced", "accuracy", "F1", "precision", "recall"]
+    assert len({len(line) for line in table[:-1]}) == 1  # columns
+
+
+def test_scores_that_tell_nothing_have_a_finite_threshold():
+    metrics = classification_metrics(np.full((4, 1), 0.5), np.array([[0], [1], [1], [0]]), ["a"])
+    assert metrics.threshold == (0.5,) and metrics.recall == (1.0,) and metrics.auc == (0.5,)
 
 
 def test_multilabel_metrics_skip_unknown_labels_and_absent_classes():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -19,11 +19,13 @@ class Benchmark:
         name: of the benchmark.
         kind: ``"multilabel"`` (classes are scored independently) or ``"multiclass"`` (they compete).
         prompts: class name -> sentences; a class's text feature is the mean over them.
+        against: class name -> sentences that deny it, likewise; empty: classes are not scored against their denials.
     """
 
     name: str
     kind: str
     prompts: dict[str, tuple[str, ...]]
+    against: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def classes(self) -> list[str]:
@@ -57,7 +59,7 @@ def benchmark(name_or_path: str | Path) -> Benchmark:
 
 
 def parse(name: str, entry: Any, *, where: str = "") -> Benchmark:
-    """One benchmark from plain data: ``kind``, ``classes`` (names, or name -> phrase or phrases), ``templates``, ``plain``.
+    """One benchmark from plain data, of the form that ``prompts.yaml`` explains.
 
     Args:
         name: of the benchmark. where: what messages call it (default: ``name``).
@@ -68,10 +70,11 @@ def parse(name: str, entry: Any, *, where: str = "") -> Benchmark:
     where = where or name
     if not isinstance(entry, Mapping) or not entry.get("classes"):
         raise ValueError(f"{where}: a prompt file needs 'classes': a list of names, or a mapping of names to phrases")
-    unknown = set(entry) - {"kind", "classes", "templates", "plain"}
+    known = ("kind", "classes", "templates", "plain", "against")
+    unknown = set(entry) - set(known)
     if unknown:
         names = ", ".join(sorted(map(reprlib.repr, unknown)))
-        raise ValueError(f"{where}: unknown entries {names}; known are kind, classes, templates, plain")
+        raise ValueError(f"{where}: unknown entries {names}; known are {', '.join(known)}")
     kind = entry.get("kind", "multilabel")
     if kind not in ("multilabel", "multiclass"):
         raise ValueError(f"{where}: kind must be 'multilabel' or 'multiclass', got {reprlib.repr(kind)}")
@@ -84,11 +87,33 @@ def parse(name: str, entry: Any, *, where: str = "") -> Benchmark:
     plain = set(_texts(entry["plain"], f"{where}: plain")) if entry.get("plain") else set()
     if plain - set(phrases):
         raise ValueError(f"{where}: 'plain' names {sorted(plain - set(phrases))}, which are no classes")
-    prompts = {}
-    for label, texts in phrases.items():
-        used = templates[:1] if label in plain else templates
-        prompts[label] = tuple(template.replace("{c}", text) for text in texts for template in used)
-    return Benchmark(name, kind, prompts)
+    denials = _denials(entry.get("against"), phrases, kind, f"{where}: against")
+
+    def sentences(of: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
+        used = {label: templates[:1] if label in plain else templates for label in of}
+        return {label: tuple(t.replace("{c}", text) for text in texts for t in used[label]) for label, texts in of.items()}
+
+    return Benchmark(name, kind, sentences(phrases), sentences(denials))
+
+
+def _denials(value: Any, phrases: dict[str, list[str]], kind: str, where: str) -> dict[str, list[str]]:
+    """Phrases that deny each class; none if ``value`` is ``None``."""
+    if value is None:
+        return {}
+    if kind != "multilabel":
+        raise ValueError(f"{where}: classes of kind {kind} are scored against each other; leave it out, or say multilabel")
+    if isinstance(value, str):
+        if "{c}" not in value:
+            raise ValueError(f"{where} {value!r} lacks {{c}}, the place of the class phrase")
+        return {label: [value.replace("{c}", text) for text in texts] for label, texts in phrases.items()}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be a text with {{c}}, or a mapping of all classes to phrases, got {_said(value)}")
+    denials = _phrases(value, where)
+    for problem, wrong in (("lacks", set(phrases) - set(denials)), ("names", set(denials) - set(phrases))):
+        if wrong:
+            end = "" if problem == "lacks" else ", which is no class"
+            raise ValueError(f"{where} {problem} {min(wrong)!r}{end}: it must have the names of 'classes'")
+    return {label: denials[label] for label in phrases}
 
 
 def _phrases(classes: Any, where: str) -> dict[str, list[str]]:

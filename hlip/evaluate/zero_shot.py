@@ -19,23 +19,33 @@ class Classifier:
     Attributes:
         weights: ``(num_classes, D)``, unit length.
         scale: the model's logit scale.
+        against: likewise of the sentences that deny each class; ``None``: the benchmark has none.
     """
 
     benchmark: Benchmark
     weights: Tensor
     scale: float
+    against: Tensor | None = None
 
     def cosine(self, image_features: Tensor) -> Tensor:
         """Cosine similarity ``(N, num_classes)``. Of features with a token axis the first token, the sentence head, counts."""
-        if image_features.ndim == 3:
-            image_features = image_features[:, 0]
-        features = F.normalize(image_features.to(self.weights), dim=-1)
-        return features @ self.weights.T
+        return self._unit(image_features) @ self.weights.T
 
     def scores(self, image_features: Tensor) -> Tensor:
-        """What metrics take: softmax probabilities for competing classes, cosine similarities otherwise."""
+        """What metrics take, ``(N, num_classes)``.
+
+        Softmax probabilities: over the classes if they compete, of each class and its denial if there are any. Otherwise
+        cosine similarities.
+        """
         cosine = self.cosine(image_features)
+        if self.against is not None:
+            return torch.sigmoid(self.scale * (cosine - self._unit(image_features) @ self.against.T))
         return torch.softmax(self.scale * cosine, dim=-1) if self.benchmark.kind == "multiclass" else cosine
+
+    def _unit(self, image_features: Tensor) -> Tensor:
+        if image_features.ndim == 3:
+            image_features = image_features[:, 0]
+        return F.normalize(image_features.to(self.weights), dim=-1)
 
 
 @torch.no_grad()
@@ -50,15 +60,19 @@ def zero_shot_classifier(model: HLIP, tokenizer: Tokenizer, benchmark: Benchmark
     model.eval()
     try:
         device = model.logit_scale.device
-        sentences = [prompt for prompts in benchmark.prompts.values() for prompt in prompts]
-        features = torch.cat(
-            [
-                model.encode_text(tokenizer(sentences[i : i + batch_size]).to(device), normalize=True).float()
-                for i in range(0, len(sentences), batch_size)
-            ]
-        )
-        counts = [len(prompts) for prompts in benchmark.prompts.values()]
-        means = torch.stack([part.mean(0) for part in features.split(counts)])
-        return Classifier(benchmark, F.normalize(means, dim=-1), float(model.logit_scale.exp()))
+
+        def means(prompts: dict[str, tuple[str, ...]]) -> Tensor:
+            sentences = [prompt for of_class in prompts.values() for prompt in of_class]
+            features = torch.cat(
+                [
+                    model.encode_text(tokenizer(sentences[i : i + batch_size]).to(device), normalize=True).float()
+                    for i in range(0, len(sentences), batch_size)
+                ]
+            )
+            parts = features.split([len(of_class) for of_class in prompts.values()])
+            return F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)
+
+        against = means(benchmark.against) if benchmark.against else None
+        return Classifier(benchmark, means(benchmark.prompts), float(model.logit_scale.exp()), against)
     finally:
         model.train(was_training)

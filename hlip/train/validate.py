@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..evaluate import Benchmark, Metrics, classification_metrics, zero_shot_classifier
 from ..model import HLIP, Tokenizer
+from ..storage import write_atomically
 from .config import TrainConfig
 from .examples import Collate, FolderStudies, SimulatedExamples
 
@@ -51,6 +53,10 @@ class Validation:
         return [i for i, name in enumerate(self.dataset.names) if name in self.labels]
 
     def run(self, model: HLIP, tokenizer: Tokenizer, device: torch.device | str) -> Metrics:
+        """Metrics of :meth:`score`."""
+        return self.score(model, tokenizer, device).metrics()
+
+    def score(self, model: HLIP, tokenizer: Tokenizer, device: torch.device | str) -> Scores:
         """Scores every study that has a label and can be read; says how many cannot.
 
         Raises:
@@ -69,9 +75,40 @@ class Validation:
                 len(labelled) - len(names), len(labelled), len(names),
             )  # fmt: skip
         classifier = zero_shot_classifier(model, tokenizer, self.benchmark)
-        scores = classifier.scores(features.to(device)).float().cpu().numpy()
-        labels = np.array([self.labels[name] for name in names])
-        return classification_metrics(scores, labels, self.benchmark.classes, self.benchmark.kind)
+        values = classifier.scores(features.to(device)).float().cpu().numpy()
+        return Scores(self.benchmark, names, values, np.array([self.labels[name] for name in names]))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of studies, beside what is known of them.
+
+    Attributes:
+        studies: ``N`` names. values: ``(N, C)``, see :meth:`hlip.evaluate.Classifier.scores`.
+        labels: ``(N, C)`` of 0, 1 and NaN (not known).
+    """
+
+    benchmark: Benchmark
+    studies: list[str]
+    values: np.ndarray
+    labels: np.ndarray
+
+    def metrics(self) -> Metrics:
+        return classification_metrics(self.values, self.labels, self.benchmark.classes, self.benchmark.kind)
+
+    def write_csv(self, path: Path) -> None:
+        """One study a row: its scores, one column a class, then its labels (``label: CLASS``), empty where not known."""
+        classes = self.benchmark.classes
+
+        def write(partial: str) -> None:
+            with open(partial, "w", newline="", encoding="utf-8") as file:
+                rows = csv.writer(file)
+                rows.writerow(["study", *classes, *(f"label: {c}" for c in classes)])
+                for study, values, labels in zip(self.studies, self.values, self.labels, strict=True):
+                    known = ["" if np.isnan(label) else int(label) for label in labels]
+                    rows.writerow([study, *(f"{value:.9g}" for value in values), *known])
+
+        write_atomically(path, write)
 
 
 def check_labels(studies: FolderStudies, labels: Mapping[str, Sequence[float]], chosen: Benchmark, source: str | Path) -> None:
