@@ -1,7 +1,7 @@
 """Room for the frames of Python functions, all at once.
 
-CPython (3.11 and later) keeps frames in chunks of 16 KB, which it asks the system for and gives back at once: a loop whose calls
-go over the edge of one does both at every call. That was a tenth of the time of all tests, more where such calls are dear.
+CPython (3.11 and later) keeps frames in chunks of 16 KB, which it asks the system for and gives back at once: a loop whose
+calls go over the edge of one does both at every call. That was a tenth of the time of all tests.
 """
 
 

@@ -1,14 +1,15 @@
 """`hlip evaluate` and `hlip embed` on folders of studies: with a run, and with published weights."""
 
+import csv
 import os
 import shutil
 from pathlib import Path
 
+import finished_run
 import numpy as np
 import pytest
 import torch
 import yaml
-from data_files import volume
 from tiny import TEXT, tiny_variant
 
 pytest.importorskip("open_clip")
@@ -18,38 +19,12 @@ from safetensors.torch import save_file
 
 from hlip.cli import embed as embedding
 from hlip.cli import main
+from hlip.evaluate import classification_metrics
 from hlip.model import VARIANTS, Tokenizer, create_model, train_tokenizer
 from hlip.train import published
-from hlip.train.config import config_from
-from hlip.train.run import build_model
 
+place, run = finished_run.place, finished_run.run
 NAME = "vit_base_scan_study_dualdinotxt1568"
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder, taken as the working one, with four studies, their labels and prompts."""
-    monkeypatch.chdir(tmp_path)
-    for i in range(4):
-        volume(tmp_path / "studies" / f"s{i}" / f"{i * 'x'}t1.nii.gz", (5, 20, 20), (1.0, 1.0, 4.0))
-    (tmp_path / "labels.csv").write_text("study,mass,bleed\n" + "".join(f"s{i},{i % 2},{i // 2}\n" for i in range(4)))
-    (tmp_path / "p.yaml").write_text("classes: [mass, bleed]\n")
-    return tmp_path
-
-
-@pytest.fixture
-def run(place):
-    """A finished run that says it was trained on 48 slices, with fresh weights."""
-    model = {"image_size": [48, 224, 224], "patch_size": [8, 56, 56], "width": 24, "heads": 2, "embed_dim": 8,
-             "levels": ["scan"]}  # fmt: skip
-    data = {"train": "train", "valid": "studies", "labels": "labels.csv", "preset": "mri-published-48", "workers": 0}
-    values = {"run": "run", "data": data, "model": model, "prompts": "p.yaml"}
-    tokenizer = train_tokenizer(["This study shows: mass bleed."], place / "run" / "tokenizer")
-    torch.manual_seed(0)
-    weights = build_model(config_from(values).model, vocab_size=tokenizer.vocab_size).state_dict()
-    save_file({name: value.contiguous() for name, value in weights.items()}, place / "run" / "model.safetensors")
-    (place / "run" / "config.yaml").write_text(yaml.safe_dump(values))
-    return "run"
 
 
 def features(*arguments, path="studies/s0"):
@@ -154,7 +129,7 @@ def test_a_file_that_cannot_be_written_is_told_before_studies_are_read(run, plac
     (place / "locked").mkdir()
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and access(path, mode))  # also for root
-    monkeypatch.setattr(embedding, "embed_studies", None)
+    monkeypatch.setattr(embedding, "embedded", None)
     assert main(["embed", "studies", "--run", run, "--out", out]) == 1
     assert words in capsys.readouterr().err
 
@@ -176,6 +151,46 @@ def test_vectors_are_written_whole_to_the_file_that_is_named(run, place, capsys,
     with np.load(place / "new" / "features.npy") as stored:
         assert np.array_equal(stored["features"], before)
     assert [file.name for file in (place / "new").iterdir()] == ["features.npy"]
+
+
+def test_labels_name_studies_deeper_in_the_folder(run, place, capsys, caplog):
+    for i in range(4):
+        (place / "studies" / f"p{i // 2}").mkdir(exist_ok=True)
+        (place / "studies" / f"s{i}").rename(place / "studies" / f"p{i // 2}" / f"s{i}")
+    (place / "labels.csv").write_text("study,mass,bleed\n" + "".join(f"p{i // 2}/s{i},{i % 2},{i // 2}\n" for i in range(4)))
+    for arguments in (given(), []):  # those are the run's own
+        assert main(["evaluate", run, *arguments]) == 0
+        assert "/4 " in capsys.readouterr().out and not caplog.text
+
+
+# ------------------------------------------------------------------ scores
+
+
+def test_scores_of_every_study_are_written(run, place, capsys):
+    (place / "labels.csv").write_text("study,mass,bleed\ns0,0,\ns1,1,0\ns2,0,1\ns3,1,1\n")
+    assert main(["evaluate", run, *given("--scores", "new/scores.csv")]) == 0
+    out = capsys.readouterr().out
+    assert "scores of 4 studies -> new/scores.csv" in out
+    rows = list(csv.DictReader(open(place / "new" / "scores.csv", newline="")))
+    assert list(rows[0]) == ["study", "mass", "bleed", "label: mass", "label: bleed"]
+    assert [row["study"] for row in rows] == ["s0", "s1", "s2", "s3"]
+    assert [row["label: bleed"] for row in rows] == ["", "0", "1", "1"]
+    scores = np.array([[float(row["mass"]), float(row["bleed"])] for row in rows])
+    labels = np.array([[float(row[f"label: {c}"] or "nan") for c in ("mass", "bleed")] for row in rows])
+    assert classification_metrics(scores, labels, ["mass", "bleed"]).table() in out
+    assert main(["evaluate", run, *given("--scores", "studies")]) == 1
+    assert "--scores: " in (err := capsys.readouterr().err) and "is a folder" in err
+
+
+def test_readers_ahead_change_nothing(run, place, capsys):
+    tables = []
+    for workers in ("0", "2"):
+        assert main(["evaluate", run, *given("--workers", workers, "--scores", f"{workers}.csv")]) == 0
+        tables.append((place / f"{workers}.csv").read_text())
+    assert tables[0] == tables[1]
+    with pytest.raises(SystemExit):
+        main(["evaluate", run, "--workers", "-1"])
+    assert "expected a number, 0 or more, got '-1'" in capsys.readouterr().err
 
 
 def test_links_are_followed_when_asked(run, place, capsys):

@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", default="features.npz", help="file to write: arrays 'studies' and 'features' (default: %(default)s)"
     )
     p.add_argument("--prompts", help="also score the studies: a benchmark's name or a YAML file")
+    p.add_argument("--resume", action="store_true", help="go on where an interrupted call for the same file stopped")
     _links(p)
     _prepared(p)
     _device(p)
@@ -97,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--studies", help="a folder of studies (default: the run's own validation studies)")
     p.add_argument("--labels", help="CSV with a column 'study' and one of 0 and 1 for each class")
     p.add_argument("--prompts", help="a benchmark's name or a YAML file of classes and templates")
+    p.add_argument("--scores", metavar="FILE", help="also write every study's scores and labels, as CSV")
     _links(p)
     _prepared(p)
     _device(p)
@@ -138,6 +140,12 @@ def _device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, got {text!r}")
+    return int(text)
+
+
 def _check_device(name: str) -> None:
     """Raises ValueError if nothing can be computed on the device of this name, before anything is loaded for it."""
     import torch
@@ -164,7 +172,7 @@ def _embed(args) -> int:
 
 
 def _evaluate(args) -> int:
-    from .embed import evaluate
+    from .evaluate import evaluate
 
     _check_device(args.device)
     return evaluate(args)
@@ -202,3 +210,9 @@ def _demo(args) -> int:
 def _prepared(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", default="", help="the published model that weights are of (default: told from their name)")
     p.add_argument("--preset", help="how scans are prepared (default: as for the model's training)")
+    p.add_argument(
+        "--workers",
+        type=_count,
+        metavar="N",
+        help="processes that read studies ahead; 0: read in between (default: as in training)",
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 
 from ..model import StudyBatch
 from ..storage import reason
+from .places import study_places
 from .prepared import PreparedCache, prepare_study
 from .sentences import split_sentences
-from .tables import read_labels, read_reports, report_file, study_name
+from .tables import REPORT, read_labels, read_reports, report_file, study_name
 
 __all__ = [
     "Batch", "Collate", "Example", "FolderStudies", "SimulatedExamples", "make_text", "read_labels", "read_reports",
@@ -66,17 +67,6 @@ class Batch:
         return replace(self, images=self.images.pin_memory(), tokens=tokens)
 
 
-def _without_links(paths: list[Path], folder: Path) -> list[Path]:
-    """Those that are no links out of the folder; the others are counted in one line."""
-    from ..data.find import NOT_FOLLOWED
-
-    home = folder.resolve()
-    links = [path for path in paths if path.is_symlink() and not path.resolve().is_relative_to(home)]
-    if links:
-        log.warning("%s: %d of its folders are links to elsewhere, %s", folder, len(links), NOT_FOLLOWED)
-    return [path for path in paths if path not in links]
-
-
 class FolderStudies(Dataset):
     """Studies on disk, with reports from a CSV or from ``report.txt`` in the study's folder.
 
@@ -85,8 +75,10 @@ class FolderStudies(Dataset):
     and also reported in one line.
 
     Args:
-        folder: every sub-folder is a study: DICOM series or volumes of any format, flat or nested.
-        paths: the studies themselves (folders or files) instead of the sub-folders of ``folder``.
+        folder: every sub-folder is a study: DICOM series or volumes of any format, flat or nested; or what tables and reports
+            name deeper in it, see :func:`hlip.train.places.study_places`.
+        paths: the studies themselves (folders or files) instead of what is in ``folder``.
+        named: the names of studies in a table of labels.
         reports: CSV with columns ``study`` and ``report``; empty: ``report.txt`` in each folder.
         preset, limits: see :func:`hlip.train.prepared.prepare_study`.
         cache: folder for prepared scans; empty: none.
@@ -98,7 +90,7 @@ class FolderStudies(Dataset):
     """
 
     def __init__(
-        self, folder: str | Path, *, paths: Sequence[Path] | None = None, reports: str | Path = "",
+        self, folder: str | Path, *, paths: Sequence[Path] | None = None, named: Iterable[str] = (), reports: str | Path = "",
         preset: str | Mapping[str, str] = "auto", cache: str | Path = "", max_scans: int = 0, need_reports: bool = True,
         **limits,
     ):  # fmt: skip
@@ -111,59 +103,64 @@ class FolderStudies(Dataset):
         self.folder, self.preset, self.max_scans = Path(folder), preset, max_scans
         self.limits = limits
         self.cache = PreparedCache(Path(cache), self._complain_once) if cache else None
+        if paths is None and not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder}: no such folder of studies")
+        by_study = read_reports(reports) if need_reports and reports else None
         if paths is None:
-            if not self.folder.is_dir():
-                raise FileNotFoundError(f"{self.folder}: no such folder of studies")
-            paths = sorted(p for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-            if not limits.get("follow_links"):
-                paths = _without_links(paths, self.folder)
-        self.paths = list(paths)
-        self.reports: dict[Path, list[str]] = self._read_reports(reports) if need_reports else {}
+            places = study_places(
+                self.folder, [*named, *(by_study or ())], follow_links=limits.get("follow_links", False),
+                with_reports=need_reports and by_study is None,
+            )  # fmt: skip
+        else:
+            places = {self._name(path): path for path in paths}
+        self.names, self.paths = list(places), list(places.values())
+        self.reports: list[list[str]] = [[] for _ in self.paths]
         if need_reports:
-            self.paths = [path for path in self.paths if path in self.reports]
+            self._read_reports(by_study, reports)
         if not self.paths:
             raise ValueError(
                 f"{self.folder}: no study {'with a report ' if need_reports else ''}found; expected one sub-folder per study "
-                "holding DICOM or NIfTI files" + (" and report.txt, or a reports CSV" if need_reports else "")
+                "holding DICOM or NIfTI files"
+                + (" and report.txt, or a reports CSV" if need_reports else "")
+                + "; or a CSV whose column 'study' has the paths of folders or files below it"
             )
         # What has been said of each study that is left out, of each that is not, and of the cache: shared, so that each
         # loader worker does not repeat it.
         self._said = torch.zeros(2 * len(self.paths) + 1, dtype=torch.bool).share_memory_()
 
-    def _read_reports(self, reports: str | Path) -> dict[Path, list[str]]:
-        """Sentences by study, of those that have some; the others are counted in one line."""
-        by_study = read_reports(reports) if reports else None
-        found, problem = {}, ""
-        for path in self.paths:
+    def _read_reports(self, by_study: Mapping[str, list[str]] | None, source: str | Path) -> None:
+        """Keeps the studies that have sentences; the others are counted in one line.
+
+        Args:
+            by_study: of a table, which ``source`` names; ``None``: beside the images.
+        """
+        found, missing, problem = [], [], ""
+        for name, path in zip(self.names, self.paths, strict=True):
             try:
-                sentences = by_study.get(self.name(path)) if by_study is not None else report_file(path)
+                sentences = by_study.get(name) if by_study is not None else report_file(path)
             except (ValueError, OSError) as error:
                 sentences, problem = None, problem or reason(error)
             if sentences:
-                found[path] = sentences
+                found.append((name, path, sentences))
+            else:
+                missing.append(name)
         names = set(self.names)
         absent = [name for name in by_study or () if name not in names]
         if absent:
             log.warning(
                 "%d of %d studies that %s has reports for are not in %s, e.g. %s",
-                len(absent), len(by_study), reports, self.folder, absent[0],
+                len(absent), len(by_study), source, self.folder, absent[0],
             )  # fmt: skip
-        missing = [path for path in self.paths if path not in found]
         if missing:
-            where = f"in {reports}" if reports else "(report.txt in the study's folder)"
+            where = f"in {source}" if source else f"({REPORT} in the study's folder)"
             log.warning(
                 "%d of %d studies have no report %s and are left out, e.g. %s%s", len(missing), len(self.paths), where,
-                self.name(missing[0]), f"; not readable: {problem}" if problem else "",
+                missing[0], f"; not readable: {problem}" if problem else "",
             )  # fmt: skip
-        return found
+        self.names, self.paths, self.reports = ([row[i] for row in found] for i in range(3))
 
-    @property
-    def names(self) -> list[str]:
-        """What each study is called, in order."""
-        return [self.name(path) for path in self.paths]
-
-    def name(self, path: Path) -> str:
-        """A study's name: its path below the folder."""
+    def _name(self, path: Path) -> str:
+        """What a path is called: as it is below the folder."""
         below = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
         return study_name(below.as_posix())
 
@@ -171,7 +168,7 @@ class FolderStudies(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example | None:
-        path = self.paths[index]
+        path, name = self.paths[index], self.names[index]
         try:
             prepare = prepare_study if self.cache is None else self.cache.get
             scans, max_value, warning = prepare(path, self.preset, **self.limits)
@@ -179,14 +176,14 @@ class FolderStudies(Dataset):
             from ..data import StudyError
 
             why = error.one_line() if isinstance(error, StudyError) else " ".join(str(error).split())[:300]
-            self._say_once(index, f"{self.name(path)} left out: {why or type(error).__name__}")
+            self._say_once(index, f"{name} left out: {why or type(error).__name__}")
             return None
         if warning:
-            self._say_once(len(self) + index, f"{self.name(path)}: {warning}")
+            self._say_once(len(self) + index, f"{name}: {warning}")
         if self.max_scans and len(scans) > self.max_scans:
             chosen = torch.randperm(len(scans))[: self.max_scans].sort().values.tolist()
             scans = [scans[i] for i in chosen]
-        return Example(self.name(path), scans, self.reports.get(path, []), max_value)
+        return Example(name, scans, self.reports[index], max_value)
 
     def _complain_once(self, what: str) -> None:
         """Of the cache."""

@@ -46,8 +46,8 @@ def make_datasets(config: TrainConfig) -> tuple[Dataset, Dataset | None, tuple[B
             "data.valid needs data.labels (a CSV) and prompts (a benchmark's name or a YAML file) to be evaluated on"
         )
     chosen = benchmark(config.prompts)
-    valid = FolderStudies(data.valid, need_reports=False, **reading)
     labels = read_labels(data.labels, chosen.classes)
+    valid = FolderStudies(data.valid, named=labels, need_reports=False, **reading)
     check_labels(valid, labels, chosen, data.labels)
     return studies, valid, (chosen, labels)
 
@@ -98,7 +98,7 @@ def make_tokenizer(config: TrainConfig, dataset: Dataset) -> Tokenizer:
     if isinstance(dataset, SimulatedExamples):
         texts = dataset.studies.all_sentences(1000)
     else:
-        texts = [sentence for sentences in dataset.reports.values() for sentence in sentences]
+        texts = [sentence for sentences in dataset.reports for sentence in sentences]
     with tempfile.TemporaryDirectory() as folder:
         return train_tokenizer([config.prompt, *texts], folder, context_length=length)
 

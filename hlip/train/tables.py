@@ -12,6 +12,8 @@ from pathlib import Path
 from ..text_file import read_text
 from .sentences import split_sentences
 
+REPORT = "report.txt"  # beside a study's images
+
 
 def read_reports(path: str | Path) -> dict[str, list[str]]:
     """Sentences by study from a CSV with columns ``study`` and ``report``; several rows of one study are joined.
@@ -63,7 +65,7 @@ def report_file(folder: Path) -> list[str]:
     Raises:
         ValueError: it is not text. OSError: it cannot be opened.
     """
-    file = folder / "report.txt"
+    file = folder / REPORT
     return split_sentences(read_text(file)) if file.is_file() else []
 
 

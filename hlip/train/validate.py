@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ..model import HLIP, Tokenizer
 from ..storage import write_atomically
 from .config import TrainConfig
 from .examples import Collate, FolderStudies, SimulatedExamples
+from .processes import ignore_stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def check_labels(studies: FolderStudies, labels: Mapping[str, Sequence[float]], 
         given = f"there is {absent[0]!r}" if absent else "the file names none"
         raise ValueError(
             f"{source} has no labels for any of the {len(names)} studies in {studies.folder}: its column 'study' must hold the "
-            f"names of the sub-folders, such as {names[0]!r}; {given}"
+            f"names of the sub-folders, such as {names[0]!r}, or paths of folders or files below it; {given}"
         )
     if len(labelled) < len(names):
         log.warning(
@@ -151,21 +152,32 @@ def check_labels(studies: FolderStudies, labels: Mapping[str, Sequence[float]], 
             )
 
 
-@torch.no_grad()
 def embed_studies(
     model: HLIP, dataset: Dataset, device: torch.device | str, *, batch_size: int = 16, workers: int = 0
 ) -> tuple[list[str], torch.Tensor]:
     """Names and normalised image features ``(N, [P,] D)``, float32 on the CPU, of every study that can be read."""
+    names, features = [], []
+    for some, theirs in embedded(model, dataset, device, batch_size=batch_size, workers=workers):
+        names += some
+        features.append(theirs)
+    return names, torch.cat(features) if features else torch.empty(0)
+
+
+@torch.no_grad()
+def embedded(
+    model: HLIP, dataset: Dataset, device: torch.device | str, *, batch_size: int = 16, workers: int = 0
+) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """As :func:`embed_studies`, batch by batch."""
     was_training = model.training
     model.eval()
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=Collate(None, (), ""))
-    names, features = [], []
+    loader = DataLoader(
+        dataset, batch_size=batch_size, num_workers=workers, collate_fn=Collate(None, (), ""),
+        worker_init_fn=ignore_stop_signals,
+    )  # fmt: skip
     try:
         for batch in loader:
             if batch is not None:
                 batch = batch.to(device)
-                names += batch.names
-                features.append(model.encode_image(batch.images, normalize=True).float().cpu())
+                yield batch.names, model.encode_image(batch.images, normalize=True).float().cpu()
     finally:
         model.train(was_training)
-    return names, torch.cat(features) if features else torch.empty(0)

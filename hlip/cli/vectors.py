@@ -1,0 +1,127 @@
+"""The file of ``hlip embed``, whole or not there, and beside it what an interrupted call had made so far."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..storage import reason, remove_partial, write_atomically
+
+log = logging.getLogger(__name__)
+
+SAVE_SECONDS = 300.0  # of work that may be lost when a process is killed
+
+
+def fingerprint(weights: Mapping[str, Tensor], options: Mapping) -> str:
+    """Of all that vectors depend on but the studies: another for other weights, or scans prepared in another way."""
+    digest = hashlib.sha256(repr(sorted(options.items())).encode())
+    for name, tensor in weights.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Vectors:
+    """Features of studies, on their way into a ``.npz`` file of arrays ``studies`` (names) and ``features``.
+
+    Args:
+        out: the file. made_with: see :func:`fingerprint`.
+
+    Attributes:
+        names: of the studies so far. partial: the file they are kept in until all are there.
+    """
+
+    def __init__(self, out: Path, made_with: str):
+        self.out, self.made_with = out, made_with
+        self.partial = out.with_name(f"{out.name}.partial")
+        self.names: list[str] = []
+        self._features: list[Tensor] = []
+        self._kept, self._saved = 0, time.monotonic()
+
+    def check_nothing_is_lost(self) -> int:
+        """Raises ValueError if an interrupted call has left features; returns how many there are, 0."""
+        if self.partial.exists():
+            raise ValueError(
+                f"{self.partial} is what an interrupted call has made: go on from there (--resume), or remove it to start anew"
+            )
+        return 0
+
+    def resume(self, wanted: Sequence[str]) -> int:
+        """Takes what an interrupted call has left, of the studies that are wanted; returns how many those are.
+
+        Raises:
+            ValueError: it cannot be read, or was made with another model or in another way.
+        """
+        if not self.partial.exists():
+            log.warning("no %s to go on from: starting anew", self.partial)
+            return 0
+        try:
+            with np.load(self.partial, allow_pickle=False) as stored:
+                names, features, made_with = stored["studies"].tolist(), stored["features"], str(stored["made_with"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{self.partial}: cannot be read ({reason(error)}); remove it and start without --resume"
+            ) from error
+        if made_with != self.made_with or len(names) != len(features):
+            raise ValueError(
+                f"{self.partial} was made with other weights, or of scans prepared in another way: go on with --run and "
+                "options as they were, or remove it and start without --resume"
+            )
+        wanted = set(wanted)
+        for name, feature in zip(names, torch.from_numpy(features), strict=True):
+            if name in wanted:
+                self.names.append(name)
+                self._features.append(feature[None])
+        self._kept = len(self.names)
+        return self._kept
+
+    def add(self, names: Sequence[str], features: Tensor) -> None:
+        """``features``: ``(len(names), ...)``, on the CPU. Now and then all so far are saved."""
+        self.names += names
+        self._features.append(features)
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.keep()
+
+    def keep(self) -> bool:
+        """Saves the features so far; whether there are any, and it could be done."""
+        if len(self.names) > self._kept:
+            try:
+                write_atomically(self.partial, lambda path: self._write(path, made_with=np.array(self.made_with)))
+            except OSError as error:
+                log.warning("%s: what is there so far could not be saved (%s)", self.partial, reason(error))
+                return False
+            self._kept = len(self.names)
+        self._saved = time.monotonic()
+        return self._kept > 0
+
+    def finish(self, order: Sequence[str]) -> tuple[list[str], Tensor]:
+        """Writes the file, in the given order of studies; returns names and features.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        place = {name: i for i, name in enumerate(order)}
+        indices = sorted(range(len(self.names)), key=lambda i: place[self.names[i]])
+        features = torch.cat(self._features)[indices]
+        self.names, self._features = [self.names[i] for i in indices], [features]
+        try:
+            write_atomically(self.out, self._write)
+        except OSError:
+            self.keep()
+            raise
+        self.partial.unlink(missing_ok=True)
+        for file in (self.out, self.partial):
+            remove_partial(file)
+        return self.names, features
+
+    def _write(self, path: str, **more: np.ndarray) -> None:
+        with open(path, "wb") as file:  # by name, numpy would add .npz
+            np.savez(file, studies=np.array(self.names), features=torch.cat(self._features).numpy(), **more)

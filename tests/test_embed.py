@@ -1,0 +1,126 @@
+"""`hlip embed`, interrupted and gone on with."""
+
+import os
+import shutil
+import signal
+
+import finished_run
+import numpy as np
+import pytest
+
+pytest.importorskip("open_clip")
+pytest.importorskip("accelerate")
+
+from safetensors.torch import load_file, save_file
+
+from hlip.cli import main, vectors
+
+place, run = finished_run.place, finished_run.run
+
+
+@pytest.fixture
+def interrupted(run, monkeypatch):
+    """A function that embeds ``studies`` into f.npz until ``count`` are done, and then lets something happen."""
+
+    def call(count, happens, *arguments):
+        add, seen = vectors.Vectors.add, []
+
+        def counted(self, names, features):
+            add(self, names, features)
+            seen.extend(names)
+            if len(seen) == count:
+                happens()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(vectors.Vectors, "add", counted)
+            return main(["embed", "studies", "--run", run, "--out", "f.npz", *arguments]), seen
+
+    return call
+
+
+def control_c():
+    raise KeyboardInterrupt
+
+
+def stored(file="f.npz"):
+    with np.load(file) as arrays:
+        return arrays["studies"].tolist(), arrays["features"]
+
+
+STUDIES = [f"studies/s{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "happens, status, said",
+    [(control_c, 130, "stopped by SIGINT"), (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "stopped by SIGTERM")],
+)
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_stopped_call_is_gone_on_with(run, place, interrupted, capsys, happens, status, said, workers):
+    assert main(["embed", "studies", "--run", run, "--out", "whole.npz"]) == 0
+    assert interrupted(2, happens, "--workers", workers) == (status, STUDIES[:2])
+    assert f"hlip embed: {said}: 2 of 4 studies are kept in {place / 'f.npz.partial'}; --resume" in capsys.readouterr().err
+    assert not (place / "f.npz").exists()
+    assert interrupted(1, control_c, "--resume") == (130, STUDIES[2:3])
+    assert "3 of 4 studies are kept" in capsys.readouterr().err
+    assert interrupted(0, None, "--resume") == (0, STUDIES[3:])
+    assert "4 of 4 studies, 3 of them before, features (4, 2, 8) -> f.npz" in capsys.readouterr().out
+    names, features = stored()
+    assert names == STUDIES and np.array_equal(features, stored("whole.npz")[1])
+    assert sorted(file.name for file in place.glob("*.npz*")) == ["f.npz", "whole.npz"]
+
+
+def test_what_an_interrupted_call_has_made_is_not_lost(run, place, interrupted, capsys):
+    interrupted(2, control_c)
+    assert main(["embed", "studies", "--run", run, "--out", "f.npz"]) == 1
+    assert "f.npz.partial is what an interrupted call has made: go on from there (--resume)" in capsys.readouterr().err
+    # Other studies are asked for: what is not among them is left out, and the order is theirs.
+    shutil.copytree(place / "studies" / "s0", place / "studies" / "a")
+    assert main(["embed", "studies/a", "studies/s1", "--run", run, "--out", "f.npz", "--resume"]) == 0
+    assert stored()[0] == ["studies/a", "studies/s1"] and "2 studies, 1 of them before" in capsys.readouterr().out
+
+
+def test_a_failure_on_the_way_keeps_what_there_is(run, interrupted, capsys, monkeypatch):
+    def fails():
+        raise ValueError("out of memory")
+
+    assert interrupted(3, fails)[0] == 1
+    assert "3 of 4 studies are kept" in (err := capsys.readouterr().err) and "hlip embed: out of memory" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(vectors.Vectors, "_write", lambda *_, **__: os.open("/nowhere/at/all", 0))
+        assert main(["embed", "studies", "--run", run, "--out", "f.npz", "--resume"]) == 1
+    assert stored("f.npz.partial")[0] == STUDIES[:3]
+    assert interrupted(0, None, "--resume") == (0, STUDIES[3:])
+
+
+def test_features_are_saved_now_and_then(run, place, interrupted, monkeypatch):
+    monkeypatch.setattr(vectors, "SAVE_SECONDS", 0.0)
+    saved = []
+    interrupted(3, lambda: saved.append(stored("f.npz.partial")[0]))
+    assert saved == [STUDIES[:3]] and stored()[0] == STUDIES and not (place / "f.npz.partial").exists()
+
+
+@pytest.mark.parametrize("what", ["weights", "preset", "damaged", "another file", "nothing"])
+def test_what_cannot_be_gone_on_with_is_told(run, place, interrupted, capsys, caplog, what):
+    interrupted(2, control_c)
+    more = []
+    if what == "weights":
+        weights = load_file(place / "run" / "model.safetensors")
+        name = max(weights, key=lambda name: weights[name].numel())
+        weights[name].view(-1)[3] += 1e-3
+        save_file(weights, place / "run" / "model.safetensors")
+    elif what == "preset":
+        more = ["--preset", "mri"]
+    elif what == "damaged":
+        (place / "f.npz.partial").write_bytes((place / "f.npz.partial").read_bytes()[:-50])
+    elif what == "another file":
+        np.savez(open(place / "f.npz.partial", "wb"), other=np.array([object()], dtype=object))
+    else:
+        (place / "f.npz.partial").unlink()
+    capsys.readouterr()
+    status = main(["embed", "studies", "--run", run, "--out", "f.npz", "--resume", *more])
+    said = {"weights": "was made with other weights", "preset": "was made with other weights", "damaged": "cannot be read",
+            "another file": "cannot be read"}  # fmt: skip
+    if what == "nothing":
+        assert status == 0 and f"no {place / 'f.npz.partial'} to go on from: starting anew" in caplog.text
+    else:
+        assert status == 1 and said[what] in capsys.readouterr().err and (place / "f.npz.partial").exists()
