@@ -35,12 +35,12 @@ def remove_partial(path: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Tensors by name, as safetensors."""
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors by name, as safetensors, with texts by name."""
     from safetensors.torch import save_file
 
     data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(path, lambda partial: save_file(data, partial))
+    write_atomically(path, lambda partial: save_file(data, partial, dict(metadata or {}) or None))
 
 
 def reason(error: Exception) -> str:

@@ -15,7 +15,7 @@ from tiny import TEXT, tiny_variant
 pytest.importorskip("open_clip")
 pytest.importorskip("accelerate")
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hlip.cli import embed as embedding
 from hlip.cli import main
@@ -180,6 +180,58 @@ def test_scores_of_every_study_are_written(run, place, capsys):
     assert classification_metrics(scores, labels, ["mass", "bleed"]).table() in out
     assert main(["evaluate", run, *given("--scores", "studies")]) == 1
     assert "--scores: " in (err := capsys.readouterr().err) and "is a folder" in err
+
+
+def test_features_of_before_are_scored_as_studies_are(run, place, capsys, caplog):
+    assert main(["evaluate", run, *given("--scores", "read.csv")]) == 0
+    table = capsys.readouterr().out.split("scores of")[0]
+    assert main(["embed", "studies", "--run", run, "--out", "f.npz"]) == 0
+    shutil.rmtree(place / "studies")
+    stored = ["--features", "f.npz", *given()[2:]]
+    capsys.readouterr()
+    assert main(["evaluate", run, *stored, "--scores", "stored.csv"]) == 0
+    assert capsys.readouterr().out.split("scores of")[0] == table and not caplog.text
+    assert (place / "stored.csv").read_text() == (place / "read.csv").read_text()
+    # A whole name, the end of one, and one that is not there.
+    (place / "labels.csv").write_text("study,mass,bleed\nstudies/s1,1,0\ns2,0,1\nz,0,0\n")
+    assert main(["evaluate", run, *stored]) == 0
+    assert "/2 " in capsys.readouterr().out and "1 of 3 studies that labels.csv has labels for are not in f.npz" in caplog.text
+    assert "2 of 4 studies in f.npz have no labels in labels.csv" in caplog.text
+
+
+def test_features_that_cannot_be_scored_are_told(run, place, capsys):
+    for i in range(4):
+        shutil.copytree(place / "studies" / f"s{i}", place / "more" / f"s{i}")
+    assert main(["embed", "studies", "more", "--run", run, "--out", "f.npz"]) == 0
+
+    def refused(*arguments):
+        capsys.readouterr()
+        assert main(["evaluate", run, "--features", *arguments]) == 1
+        return capsys.readouterr().err
+
+    table = given()[2:]
+    assert "'s0' could be 'studies/s0' or 'more/s0' of f.npz; name more of the path" in refused("f.npz", *table)
+    (place / "labels.csv").write_text("study,mass,bleed\nmore/s1,1,0\n" + "s1,1,0\n")
+    assert "could be" in refused("f.npz", *table)
+    (place / "labels.csv").write_text("study,mass,bleed\nz,1,0\n")
+    assert "no labels for any of the 8 studies in f.npz" in refused("f.npz", *table)
+    assert "leave out --studies" in refused("f.npz", *given())
+    assert "--features needs --labels" in refused("f.npz", "--prompts", "p.yaml")
+    assert "absent.npz" in refused("absent.npz", *table)
+    assert "cannot be read as features of `hlip embed`" in refused("labels.csv", *table)
+    np.savez(place / "other.npz", studies=np.array(["a"]), features=np.ones((1, 8)), model=np.array("m"))
+    assert "1 studies, but features (1, 8) of float64" in refused("other.npz", *table)
+    weights = load_file(place / "run" / "model.safetensors")
+    weights["logit_scale"] += 1
+    save_file(weights, place / "run" / "model.safetensors")
+    assert "f.npz was made with other weights than these" in refused("f.npz", *table)
+
+
+def test_a_study_is_named_once(run, place, capsys):
+    assert main(["embed", "studies", "--run", run, "--out", "f.npz"]) == 0
+    (place / "labels.csv").write_text("study,mass,bleed\nstudies/s1,1,0\ns1,1,0\n")
+    assert main(["evaluate", run, "--features", "f.npz", *given()[2:]]) == 1
+    assert "'studies/s1' and 's1' are the same study of f.npz; keep one" in capsys.readouterr().err
 
 
 def test_readers_ahead_change_nothing(run, place, capsys):

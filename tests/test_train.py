@@ -1,6 +1,7 @@
 """Losses, the exact step over micro-batches, configs, folders of studies, and a whole run that stops and goes on."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ pytest.importorskip("accelerate")
 
 from hlip.losses import ContrastiveLoss
 from hlip.model import StudyBatch
-from hlip.train import load_config, train
+from hlip.train import best, load_config, train
+from hlip.train.best import best_so_far
 from hlip.train.config import TrainConfig, config_from
 from hlip.train.examples import (
     Batch,
@@ -26,8 +28,10 @@ from hlip.train.examples import (
     split_sentences,
 )
 from hlip.train.loop import ShardedShuffle, learning_rate, parameter_groups
+from hlip.train.published import open_model
 from hlip.train.run import load_run, load_state
 from hlip.train.step import contrastive_step
+from hlip.train.validate import Validation
 
 # ------------------------------------------------------------------ losses
 
@@ -349,12 +353,45 @@ def test_a_run_with_validation_gives_metrics_and_loads(folder, tmp_path):
     metrics = train(config_from(values), progress=False)
     assert metrics.num_studies == 6 and metrics.positives == (3,) and 0 <= metrics.macro_auc <= 1
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.yaml", "model.safetensors", "state.pt", "tensorboard", "tokenizer"
+        "best.safetensors", "config.yaml", "model.safetensors", "state.pt", "tensorboard", "tokenizer"
     }  # fmt: skip
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     (tmp_path / "run" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
         load_run(tmp_path / "run")
+
+
+def test_the_best_weights_stay(folder, tmp_path, monkeypatch, caplog):
+    (tmp_path / "labels.csv").write_text("study,mass\n" + "".join(f"s{i},{i % 2}\n" for i in range(6)))
+    (tmp_path / "p.yaml").write_text("classes: [mass]\n")
+    values = {**CONFIG, "run": str(tmp_path / "run"), "prompts": str(tmp_path / "p.yaml"), "epochs": 4, "evaluate_every": 1}
+    values["data"] = {**CONFIG["data"], "train": str(folder), "valid": str(folder), "labels": str(tmp_path / "labels.csv")}
+    scored, seen, metrics = iter([float("nan"), 0.8, 0.7, 0.8]), [], Validation.run
+
+    def run(self, model, *arguments):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return replace(metrics(self, model, *arguments), auc=(next(scored),))
+
+    monkeypatch.setattr(Validation, "run", run)
+    caplog.set_level("INFO", "hlip.train.loop")
+    train(config_from(values), progress=False)
+    said = [record.getMessage() for record in caplog.records if "macro AUC" in record.getMessage()]
+    assert [", the best so far" in line for line in said] == [False, True, False, False]
+    for name, expected in (("best.safetensors", seen[1]), ("model.safetensors", seen[3])):
+        loaded = open_model(tmp_path / "run" / name).model.state_dict()
+        assert all(torch.equal(loaded[key], expected[key]) for key in expected), name
+    assert best_so_far(tmp_path / "run") == 0.8
+    (tmp_path / "run" / "best.safetensors").write_bytes(b"damaged")
+    assert best_so_far(tmp_path / "run") == float("-inf")
+    with monkeypatch.context() as patch:
+        patch.setattr(best, "write_tensors", full_disk)
+        assert not best.keep_best(tmp_path / "run", seen[0], 0.5, 1) and "could not be written" in caplog.text
+    with pytest.raises(FileNotFoundError, match="absent.safetensors is missing"):
+        open_model(tmp_path / "run" / "absent.safetensors")
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
 
 
 def test_too_few_studies_say_so(folder, tmp_path):

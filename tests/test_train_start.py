@@ -234,16 +234,16 @@ def test_a_signal_to_stop_finds_the_run_saved(studies, tmp_path, monkeypatch, ca
 
 
 def test_labels_are_compared_with_the_studies_first(studies, caplog):
-    found, source = FolderStudies(studies / "studies", need_reports=False), "l.csv"
+    found, source = (FolderStudies(studies / "studies", need_reports=False).names, "studies"), "l.csv"
     one, two = Benchmark("b", "multilabel", {"mass": ("mass",)}), Benchmark("b", "multiclass", {"a": ("a",), "b": ("b",)})
     with pytest.raises(ValueError, match=r"l.csv has no labels for any of the 4 studies .* such as 's0', .*; there is 'p1'"):
-        check_labels(found, {"p1": [0.0]}, one, source)
-    check_labels(found, {"s0": [1.0], "s2": [float("nan")]}, one, source)
+        check_labels(*found, {"p1": [0.0]}, one, source)
+    check_labels(*found, {"s0": [1.0], "s2": [float("nan")]}, one, source)
     assert "2 of 4 studies in" in caplog.text and "no labels in l.csv and are not evaluated on, e.g. s1" in caplog.text
-    check_labels(found, {"s0": [1.0, 0.0], "elsewhere": [1.0, 1.0]}, two, source)
+    check_labels(*found, {"s0": [1.0, 0.0], "elsewhere": [1.0, 1.0]}, two, source)
     for values in ([1.0, 1.0], [0.0, 0.0], [1.0, float("nan")]):
         with pytest.raises(ValueError, match=r"need.* one 1 and otherwise 0; 1 of 2 studies have not, e.g. 's3' \(a: "):
-            check_labels(found, {"s0": [0.0, 1.0], "s3": values}, two, source)
+            check_labels(*found, {"s0": [0.0, 1.0], "s3": values}, two, source)
 
 
 def test_labels_of_other_studies_stop_the_start(studies, tmp_path):

@@ -96,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     p = _command(commands, "evaluate", "score studies against sentences, and the scores against labels", _evaluate)
     p.add_argument("run", help=_RUN)
     p.add_argument("--studies", help="a folder of studies (default: the run's own validation studies)")
+    p.add_argument("--features", metavar="FILE", help="instead of studies: what `hlip embed` wrote of them, with this model")
     p.add_argument("--labels", help="CSV with a column 'study' and one of 0 and 1 for each class")
     p.add_argument("--prompts", help="a benchmark's name or a YAML file of classes and templates")
     p.add_argument("--scores", metavar="FILE", help="also write every study's scores and labels, as CSV")

@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 SAVE_SECONDS = 300.0  # of work that may be lost when a process is killed
 
 
-def fingerprint(weights: Mapping[str, Tensor], options: Mapping) -> str:
-    """Of all that vectors depend on but the studies: another for other weights, or scans prepared in another way."""
-    digest = hashlib.sha256(repr(sorted(options.items())).encode())
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Another for other weights."""
+    digest = hashlib.sha256()
     for name, tensor in weights.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -33,14 +33,14 @@ class Vectors:
     """Features of studies, on their way into a ``.npz`` file of arrays ``studies`` (names) and ``features``.
 
     Args:
-        out: the file. made_with: see :func:`fingerprint`.
+        out: the file. model: see :func:`fingerprint`. options: how scans are prepared.
 
     Attributes:
         names: of the studies so far. partial: the file they are kept in until all are there.
     """
 
-    def __init__(self, out: Path, made_with: str):
-        self.out, self.made_with = out, made_with
+    def __init__(self, out: Path, model: str, options: Mapping):
+        self.out, self.model, self.options = out, model, repr(sorted(options.items()))
         self.partial = out.with_name(f"{out.name}.partial")
         self.names: list[str] = []
         self._features: list[Tensor] = []
@@ -64,19 +64,16 @@ class Vectors:
             log.warning("no %s to go on from: starting anew", self.partial)
             return 0
         try:
-            with np.load(self.partial, allow_pickle=False) as stored:
-                names, features, made_with = stored["studies"].tolist(), stored["features"], str(stored["made_with"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{self.partial}: cannot be read ({reason(error)}); remove it and start without --resume"
-            ) from error
-        if made_with != self.made_with or len(names) != len(features):
+            names, features, made_with = _read(self.partial, "model", "options")
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it and start without --resume") from error
+        if made_with != [self.model, self.options]:
             raise ValueError(
                 f"{self.partial} was made with other weights, or of scans prepared in another way: go on with --run and "
                 "options as they were, or remove it and start without --resume"
             )
         wanted = set(wanted)
-        for name, feature in zip(names, torch.from_numpy(features), strict=True):
+        for name, feature in zip(names, features, strict=True):
             if name in wanted:
                 self.names.append(name)
                 self._features.append(feature[None])
@@ -94,7 +91,7 @@ class Vectors:
         """Saves the features so far; whether there are any, and it could be done."""
         if len(self.names) > self._kept:
             try:
-                write_atomically(self.partial, lambda path: self._write(path, made_with=np.array(self.made_with)))
+                write_atomically(self.partial, lambda path: self._write(path, options=np.array(self.options)))
             except OSError as error:
                 log.warning("%s: what is there so far could not be saved (%s)", self.partial, reason(error))
                 return False
@@ -124,4 +121,35 @@ class Vectors:
 
     def _write(self, path: str, **more: np.ndarray) -> None:
         with open(path, "wb") as file:  # by name, numpy would add .npz
-            np.savez(file, studies=np.array(self.names), features=torch.cat(self._features).numpy(), **more)
+            arrays = {"studies": np.array(self.names), "features": torch.cat(self._features).numpy()}
+            np.savez(file, **arrays, model=np.array(self.model), **more)
+
+
+def read_vectors(path: Path, model: str) -> tuple[list[str], Tensor]:
+    """Names and features ``(N, [P,] D)`` in a file of ``hlip embed``.
+
+    Args:
+        model: see :func:`fingerprint`.
+
+    Raises:
+        ValueError: it is none, or was made with another model.
+    """
+    names, features, made_with = _read(path, "model")
+    if made_with != [model]:
+        raise ValueError(f"{path} was made with other weights than these: texts and studies would not fit each other")
+    return names, features
+
+
+def _read(path: Path, *more: str) -> tuple[list[str], Tensor, list[str]]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            names, features, texts = stored["studies"].tolist(), stored["features"], [str(stored[name]) for name in more]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: cannot be read as features of `hlip embed` ({reason(error)})") from error
+    if len(names) != len(features) or features.dtype != np.float32:
+        raise ValueError(
+            f"{path}: {len(names)} studies, but features {features.shape} of {features.dtype}: not of `hlip embed`"
+        )
+    return names, torch.from_numpy(features), texts

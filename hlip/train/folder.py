@@ -20,6 +20,7 @@ from torch import Tensor
 from ..model import Tokenizer
 from ..model.variants import canonical_name
 from ..storage import reason, remove_partial, write_atomically, write_tensors
+from .best import BEST
 from .config import ModelConfig, TrainConfig, load_config
 from .run import loss_kind
 
@@ -55,7 +56,7 @@ def check_folder(config: TrainConfig, *, resume: bool, overwrite: bool) -> bool:
     if resume and (folder / STATE).is_file():
         check_same_model(config, folder)
         return True
-    found = [name for name in (WEIGHTS, STATE) if (folder / name).exists()]
+    found = [name for name in (WEIGHTS, BEST, STATE) if (folder / name).exists()]
     if found and not overwrite:
         ways = "weights alone cannot be resumed (model.checkpoint starts from them)" if resume else "go on with it (--resume)"
         raise ValueError(
@@ -101,10 +102,10 @@ def start_folder(config: TrainConfig, tokenizer: Tokenizer | None) -> None:
     """
     folder = Path(config.run)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (WEIGHTS, STATE, CONFIG, TOKENIZER):
+    for name in (WEIGHTS, BEST, STATE, CONFIG, TOKENIZER):
         remove_partial(folder / name)
     if tokenizer is not None:
-        for name in (WEIGHTS, STATE):
+        for name in (WEIGHTS, BEST, STATE):
             (folder / name).unlink(missing_ok=True)
         for curves in (folder / EVENTS).glob("events.out.tfevents.*"):  # would be drawn into those of this run
             curves.unlink()

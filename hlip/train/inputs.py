@@ -48,7 +48,7 @@ def make_datasets(config: TrainConfig) -> tuple[Dataset, Dataset | None, tuple[B
     chosen = benchmark(config.prompts)
     labels = read_labels(data.labels, chosen.classes)
     valid = FolderStudies(data.valid, named=labels, need_reports=False, **reading)
-    check_labels(valid, labels, chosen, data.labels)
+    check_labels(valid.names, data.valid, labels, chosen, data.labels)
     return studies, valid, (chosen, labels)
 
 

@@ -16,6 +16,7 @@ from ..evaluate import Metrics
 from ..losses import ContrastiveLoss
 from ..model import HLIP, Tokenizer, load_checkpoint, load_mae
 from ..progress import progress_bar
+from .best import keep_best
 from .config import TrainConfig
 from .draws import Draws
 from .examples import Batch, Collate, SimulatedExamples
@@ -304,7 +305,11 @@ class Trainer:
     def _validate(self, bar) -> Metrics:
         model = self.accelerator.unwrap_model(self.model)
         metrics = self.validation.run(model, self.tokenizer, self.accelerator.device)
-        self._say(bar, f"step {self.step}: zero-shot macro AUC {metrics.macro_auc:.3f} on {metrics.num_studies} studies")
+        best = keep_best(self.folder, model.state_dict(), metrics.macro_auc, self.step)
+        self._say(
+            bar, f"step {self.step}: zero-shot macro AUC {metrics.macro_auc:.3f} on {metrics.num_studies} studies"
+            + ", the best so far" * best,
+        )  # fmt: skip
         if self.writer is not None:
             self.writer.add_scalar("zero_shot/macro_auc", metrics.macro_auc, self.step)
             self.writer.add_scalar("zero_shot/macro_balanced_accuracy", metrics.macro_balanced_accuracy, self.step)

@@ -36,14 +36,15 @@ def open_model(source: str | Path, *, model: str = "", device: torch.device | st
     """A run's folder, or published weights.
 
     Args:
-        source: a run's folder; or what :func:`hlip.load_checkpoint` takes: a file, a snapshot's folder, a Hugging Face id.
+        source: a run's folder, or a ``.safetensors`` file in it; or what :func:`hlip.load_checkpoint` takes: a file, a
+            snapshot's folder, a Hugging Face id.
         model: the published variant the weights are of; empty: told from ``source``, if its name is that of one.
 
     Raises:
         FileNotFoundError: neither. ValueError: weights whose variant cannot be told, or that do not fit it.
     """
     folder = Path(source).expanduser()
-    if (folder / "config.yaml").is_file():
+    if (folder / "config.yaml").is_file() or (folder.suffix == ".safetensors" and (folder.parent / "config.yaml").is_file()):
         if model:
             raise ValueError(f"{source} is a run, whose config says what model it is: leave out --model {model}")
         return load_run(folder, device=device)

@@ -3,6 +3,7 @@
 run/
   config.yaml          the whole config, written when training begins
   model.safetensors    the weights
+  best.safetensors     those of the best evaluation, where there was one
   tokenizer/           the tokenizer, when it was learnt or copied for this run
   state.pt             optimiser, step, random states: what resuming needs (tensors and plain containers only)
   tensorboard/
@@ -150,12 +151,17 @@ def open_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> Run:
     """Loads a run for use: the model in evaluation mode, its tokenizer, its config.
 
+    Args:
+        folder: the run's, whose last weights are loaded; or a file of weights in it, ``best.safetensors``.
+
     Raises:
         FileNotFoundError: not a run's folder; the message says what is missing.
         ValueError: something in it is damaged, or does not fit the rest.
     """
-    folder = Path(folder)
-    for needed in ("config.yaml", "model.safetensors"):
+    folder, weights = Path(folder), "model.safetensors"
+    if folder.suffix == ".safetensors":
+        folder, weights = folder.parent, folder.name
+    for needed in ("config.yaml", weights):
         if not (folder / needed).is_file():
             hint = "train one with `hlip train`; for published weights see docs/checkpoints.md"
             raise FileNotFoundError(f"{folder} is not a finished run: {needed} is missing ({hint})")
@@ -169,7 +175,7 @@ def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> Run:
     # Everything comes from the checkpoint: nothing else is loaded, or downloaded.
     config.model.text_pretrained = False
     model = build_model(config.model, vocab_size=tokenizer.vocab_size)
-    load_checkpoint(model, folder / "model.safetensors", strict=True)
+    load_checkpoint(model, folder / weights, strict=True)
     return Run(model.to(device).eval(), tokenizer, config)
 
 

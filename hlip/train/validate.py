@@ -16,7 +16,7 @@ from ..evaluate import Benchmark, Metrics, classification_metrics, zero_shot_cla
 from ..model import HLIP, Tokenizer
 from ..storage import write_atomically
 from .config import TrainConfig
-from .examples import Collate, FolderStudies, SimulatedExamples
+from .examples import Collate, SimulatedExamples
 from .processes import ignore_stop_signals
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Validation:
     """Studies with labels, and the prompts they are scored with.
 
     Attributes:
-        dataset: of :class:`hlip.train.examples.Example`, with their ``names``; see :class:`FolderStudies`.
+        dataset: of :class:`hlip.train.examples.Example`, with their ``names``; see :class:`hlip.train.examples.FolderStudies`.
         labels: 0/1 (or NaN) per class, by the example's name. Examples without are not read.
     """
 
@@ -75,9 +75,7 @@ class Validation:
                 "%d of the %d studies with labels cannot be read (see the lines above): the result is of the other %d",
                 len(labelled) - len(names), len(labelled), len(names),
             )  # fmt: skip
-        classifier = zero_shot_classifier(model, tokenizer, self.benchmark)
-        values = classifier.scores(features.to(device)).float().cpu().numpy()
-        return Scores(self.benchmark, names, values, np.array([self.labels[name] for name in names]))
+        return Scores.of(model, tokenizer, self.benchmark, names, features.to(device), [self.labels[n] for n in names])
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,15 @@ class Scores:
     studies: list[str]
     values: np.ndarray
     labels: np.ndarray
+
+    @classmethod
+    def of(
+        cls, model: HLIP, tokenizer: Tokenizer, benchmark: Benchmark, studies: list[str], features: torch.Tensor,
+        labels: Sequence[Sequence[float]],
+    ) -> Scores:  # fmt: skip
+        """From image features ``(N, [P,] D)``, on the model's device."""
+        classifier = zero_shot_classifier(model, tokenizer, benchmark)
+        return cls(benchmark, studies, classifier.scores(features).float().cpu().numpy(), np.array(labels))
 
     def metrics(self) -> Metrics:
         return classification_metrics(self.values, self.labels, self.benchmark.classes, self.benchmark.kind)
@@ -112,34 +119,36 @@ class Scores:
         write_atomically(path, write)
 
 
-def check_labels(studies: FolderStudies, labels: Mapping[str, Sequence[float]], chosen: Benchmark, source: str | Path) -> None:
+def check_labels(
+    names: Sequence[str], place: str | Path, labels: Mapping[str, Sequence[float]], chosen: Benchmark, source: str | Path
+) -> None:
     """Whether labels belong to these studies and can be scored. Warns of studies without any, and of rows without a study.
 
     Args:
+        names: of the studies. place: the folder or file they are in, for messages.
         labels: of every class, by study. source: the file they come from, for messages.
 
     Raises:
         ValueError: no study has labels; or classes compete (``multiclass``), and a study does not have exactly one of them.
     """
-    names = studies.names
     there = set(names)
     labelled = [name for name in names if name in labels]
     absent = [name for name in labels if name not in there]
     if not labelled:
         given = f"there is {absent[0]!r}" if absent else "the file names none"
         raise ValueError(
-            f"{source} has no labels for any of the {len(names)} studies in {studies.folder}: its column 'study' must hold the "
+            f"{source} has no labels for any of the {len(names)} studies in {place}: its column 'study' must hold the "
             f"names of the sub-folders, such as {names[0]!r}, or paths of folders or files below it; {given}"
         )
     if len(labelled) < len(names):
         log.warning(
             "%d of %d studies in %s have no labels in %s and are not evaluated on, e.g. %s", len(names) - len(labelled),
-            len(names), studies.folder, source, next(name for name in names if name not in labels),
+            len(names), place, source, next(name for name in names if name not in labels),
         )  # fmt: skip
     if absent:
         log.warning(
             "%d of %d studies that %s has labels for are not in %s, e.g. %s",
-            len(absent), len(labels), source, studies.folder, absent[0],
+            len(absent), len(labels), source, place, absent[0],
         )  # fmt: skip
     if chosen.kind == "multiclass":
         wrong = [name for name in labelled if sorted(labels[name]) != [0.0] * (len(labels[name]) - 1) + [1.0]]
