@@ -162,6 +162,15 @@ def test_a_state_that_does_not_fit(studies, run):
         load_state(run / "state.pt")
 
 
+def test_going_on_with_other_studies_is_said(studies, run, caplog):
+    start(studies, run, resume=True)
+    assert "other studies" not in caplog.text
+    shutil.copytree(studies / "studies", run.parent / "others")
+    (run.parent / "others" / "s0").rename(run.parent / "others" / "t0")
+    start(studies, run, resume=True, data={"train": str(run.parent / "others")})
+    assert caplog.text.count(f"{run / 'state.pt'} was saved while training on other studies") == 1
+
+
 def test_a_damaged_tokenizer_is_named(studies, run):
     shutil.rmtree(run / "tokenizer")
     (run / "tokenizer").mkdir()

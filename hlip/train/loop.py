@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import signal
@@ -112,7 +113,8 @@ class Trainer:
 
     Args:
         config: of the run. accelerator: ``accelerate.Accelerator``. model, tokenizer: matching.
-        dataset: of :class:`hlip.train.examples.Example`. validation: what to evaluate on, or ``None``.
+        dataset: of :class:`hlip.train.examples.Example`, with their ``names`` if they have any.
+        validation: what to evaluate on, or ``None``.
     """
 
     def __init__(self, config: TrainConfig, accelerator, model: HLIP, tokenizer: Tokenizer, dataset: Dataset, validation):
@@ -151,6 +153,8 @@ class Trainer:
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.patient = patient_group(accelerator)
+        names = "\n".join(getattr(dataset, "names", ()))
+        self.studies = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
         self.step, self.seconds, self.saved = 0, 0.0, time.monotonic()  # seconds: trained by this process, since it started
         self.folder = Path(config.run)
         self.writer = None
@@ -333,6 +337,7 @@ class Trainer:
                 "model": model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "random_states": random_states,
+                "studies": self.studies,
             }
             save_state(self.folder, state, model.state_dict())
         self._wait()
@@ -374,6 +379,10 @@ class Trainer:
         states = state.get("random_states", ())  # one for each process
         if len(states) == self.accelerator.num_processes:
             set_random_state(states[self.accelerator.process_index], self.accelerator.device)
+        if self.accelerator.is_main_process and state.get("studies", self.studies) != self.studies:
+            log.warning(
+                "%s was saved while training on other studies: some of this epoch may be seen twice or not at all", path
+            )
         self.step = state["step"]
 
 
