@@ -341,6 +341,19 @@ def test_real_folders_without_a_scan():
         assert all(word in reasons(error) for word in words), folder
 
 
+def test_other_formats_say_what_to_do(tmp_path):
+    for name in ("a.mhd", "a.raw", "brain.MGZ", "c.img"):
+        (tmp_path / name).write_bytes(b"ObjectType = Image" + bytes(200))
+    for found in (read_study, find_studies):
+        with pytest.raises(StudyError) as caught:
+            found(tmp_path)
+        text = str(caught.value)
+        assert "1 x .mhd, a header whose voxels are in another file: convert it to .nii.gz" in text
+        assert "1 x .MGZ, a format that is not read: convert it to .nii.gz" in text and ".img, a format" in text
+    dicom(tmp_path / "c.img", np.zeros((4, 4), np.uint16))  # whatever it is named
+    assert find_studies(tmp_path) == [tmp_path]
+
+
 @real
 def test_real_small_dicom_series():
     assert summary("dicom-messy/oblique-implicit") == [("series 10", "MR", (4, 64, 64), (4.0, 2.34, 2.34), "PIR")]

@@ -12,6 +12,11 @@ from .dicom import looks_like_dicom, study_uid
 from .study import Skipped, StudyError, clean_text, count, summarise
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd")
+# Other formats of images, by suffix, and why they are not read.
+_UNREAD = {
+    **dict.fromkeys((".mhd", ".nhdr", ".hdr"), "a header whose voxels are in another file"),
+    **dict.fromkeys((".mgz", ".mgh", ".mnc", ".img", ".npy", ".npz"), "a format that is not read"),
+}
 # Folder names by which BIDS sorts the scans of one session.
 BIDS_FOLDERS = {"anat", "dwi", "func", "fmap", "perf", "pet", "swi"}
 
@@ -28,6 +33,12 @@ log = logging.getLogger(__name__)
 def is_volume(path: Path) -> bool:
     """Whether the name is that of a NIfTI, MetaImage or NRRD file."""
     return path.name.lower().endswith(VOLUME_SUFFIXES)
+
+
+def unread_format(path: Path) -> str:
+    """Why a file that is named as an image of another format is not read, and what to do; empty for all other names."""
+    reason = _UNREAD.get(path.suffix.lower(), "")
+    return f"{path.suffix}, {reason}: convert it to .nii.gz" if reason else ""
 
 
 def stem(path: Path) -> str:
@@ -159,6 +170,7 @@ def find_studies(paths: str | os.PathLike | Iterable[str | os.PathLike], *, foll
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     found: set[Path] = set()
     skipped: list[Skipped] = []
+    unread: list[Skipped] = []
     for path in map(Path, paths):
         if not path.exists():
             raise StudyError(f"{clean_text(str(path), 400)} does not exist: give a folder or an image file")
@@ -168,9 +180,11 @@ def find_studies(paths: str | os.PathLike | Iterable[str | os.PathLike], *, foll
             files, passed = list_files(path, follow_links)
             found |= _studies_of(path, files)
             skipped += passed
+            unread += [Skipped(file, unread_format(file)) for file in files if unread_format(file)]
     if not found:
         places = ", ".join(clean_text(str(p), 200) for p in paths) or "an empty list"
         expected = f"folders with DICOM files or {', '.join(VOLUME_SUFFIXES)} volumes"
+        skipped += unread
         passed = f". Passed over:\n{summarise(skipped)}" if skipped else ""
         raise StudyError(f"no study under {places}: expected {expected}{passed}", skipped)
     links = [s for s in skipped if s.reason.endswith(NOT_FOLLOWED) and not any(p in found for p in s.path.parents)]

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from .dicom import BrokenFile, Header, NotASlice, looks_like_dicom, read_header
-from .find import VOLUME_SUFFIXES, is_label_name, is_volume, list_files, stem
+from .find import VOLUME_SUFFIXES, is_label_name, is_volume, list_files, stem, unread_format
 from .pixels import read_stack
 from .series import Stack, stacks_of
 from .study import Limits, Scan, Skipped, Study, StudyError, clean_text, summarise
@@ -99,7 +99,7 @@ def _classify(file: Path, root: Path, bounds: Limits) -> Header | Skipped | None
         named = f'named like a segmentation or mask ("{clean_text(label, 60)}"): rename it if it is a scan'
         return Skipped(file, named)
     if not looks_like_dicom(file):
-        return Skipped(file, "not an image file (no DICOM, and not named as a volume)")
+        return Skipped(file, unread_format(file) or "not an image file (no DICOM, and not named as a volume)")
     try:
         return read_header(file, bounds.max_voxels)
     except NotASlice as error:
