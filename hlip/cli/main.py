@@ -17,6 +17,7 @@ DETAILS = """\
 examples:
   hlip info  patient-17/                       what is in this study, and what the model would see of it
   hlip demo                                    train on simulated studies and show what was learnt (minutes, CPU)
+  hlip prepare --config train.yaml             read all its studies once, into its cache
   hlip train --config train.yaml               train on your own studies and reports
   hlip evaluate runs/mine --studies test/ --labels labels.csv --prompts prompts.yaml
   hlip embed patient-*/ --run runs/mine --out features.npz
@@ -113,13 +114,15 @@ def parser() -> argparse.ArgumentParser:
         help="go on where an interrupted run of this config stopped; start anew if none has begun",
     )
     existing.add_argument("--overwrite", action="store_true", help="replace an earlier run in the config's run folder")
+    _set(p)
+
+    p = _command(commands, "prepare", "read all studies of a training config into its cache", _prepare)
+    p.add_argument("--config", required=True, help="the YAML file that `hlip train` takes; data.cache is what is filled")
+    p.add_argument("--workers", type=_count, default=_cpus(), metavar="N", help="processes (default: %(default)s)")
     p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change a field, e.g. --set data.workers=4 (repeatable)",
+        "--part", type=_part, default=(1, 1), metavar="K/N", help="every N-th study from the K-th on, e.g. for one of N jobs"
     )
+    _set(p)
 
     p = _command(commands, "demo", "train on simulated studies, show what was learnt", _demo)
     p.add_argument("--run", default="runs/demo", help="folder to write (default: %(default)s)")
@@ -139,6 +142,28 @@ def _links(p: argparse.ArgumentParser) -> None:
 
 def _device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def _set(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a field, e.g. --set data.workers=4 (repeatable)",
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, found, parts = text.partition("/")
+    if not (found and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"expected K/N with K from 1 to N, as 3/8, got {text!r}")
+    return int(part), int(parts)
+
+
+def _cpus() -> int:
+    """As many as this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _count(text: str) -> int:
@@ -181,9 +206,26 @@ def _evaluate(args) -> int:
 
 def _train(args) -> int:
     import torch
-    import yaml
 
     from ..train import load_config, train
+
+    metrics = train(load_config(args.config, _overrides(args)), resume=args.resume, overwrite=args.overwrite)
+    if metrics is not None:
+        print(metrics.table())
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _prepare(args) -> int:
+    from .prepare import prepare
+
+    return prepare(args, _overrides(args))
+
+
+def _overrides(args) -> dict:
+    """Values of a config by dotted name, of ``--set``."""
+    import yaml
 
     overrides = {}
     for item in args.set:
@@ -194,12 +236,7 @@ def _train(args) -> int:
             overrides[name] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date that does not exist
             raise ValueError(f"--set {item}: {value!r} is not readable as YAML ({_one_line(error)})") from error
-    metrics = train(load_config(args.config, overrides), resume=args.resume, overwrite=args.overwrite)
-    if metrics is not None:
-        print(metrics.table())
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return 0
+    return overrides
 
 
 def _demo(args) -> int:

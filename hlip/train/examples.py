@@ -185,6 +185,10 @@ class FolderStudies(Dataset):
             scans = [scans[i] for i in chosen]
         return Example(name, scans, self.reports[index], max_value)
 
+    def is_stored(self, index: int) -> bool:
+        """Whether the cache has a study, so that its files need not be read."""
+        return self.cache is not None and self.cache.has(self.paths[index], self.preset, **self.limits)
+
     def _complain_once(self, what: str) -> None:
         """Of the cache."""
         self._say_once(-1, what)

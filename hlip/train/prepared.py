@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,7 @@ class PreparedCache:
 
     def get(self, path: Path, preset: str | Mapping[str, str], **limits) -> PreparedStudy:
         """As :func:`prepare_study`."""
-        stored = self.folder / f"{_key(path, preset, limits)}.safetensors"
+        stored = self._file(path, preset, limits)
         known = _load(stored)
         if known is not None:
             return known
@@ -71,6 +72,25 @@ class PreparedCache:
         except Exception as error:  # safetensors has kinds of its own for a full disk
             self.complain(f"{self.folder}: prepared scans cannot be stored ({reason(error)}); they are made anew each time")
         return study
+
+    def has(self, path: Path, preset: str | Mapping[str, str], **limits) -> bool:
+        """Whether a study is stored, as its files are now."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._file(path, preset, limits), framework="pt") as file:  # its size is compared with its header
+                return "max_value" in file.keys()  # noqa: SIM118, it is no mapping
+        except (OSError, SafetensorError):
+            return False
+
+    def remove_stale(self) -> None:
+        """Removes what processes that were killed more than a day ago left half written."""
+        for partial in self.folder.glob(".*.safetensors.*.partial"):
+            if time.time() - partial.stat().st_mtime > 24 * 3600:
+                partial.unlink(missing_ok=True)
+
+    def _file(self, path: Path, preset: str | Mapping[str, str], limits: Mapping) -> Path:
+        return self.folder / f"{_key(path, preset, limits)}.safetensors"
 
 
 def _key(path: Path, preset: str | Mapping[str, str], limits: Mapping) -> str:
