@@ -84,9 +84,8 @@ def test_tables_are_inputs_of_any_lengths():
     x, layout = batch(RAGGED, num_prefix=3)
     with pytest.raises(AssertionError, match="Guard failed: .*num_prefix"):
         modules[0](x, export_tables(layout))
-    x, layout = batch(
-        [[[30, 3]]]
-    )  # as documented: of one scan, of which torch would have to know that lengths are not broadcast
+    # As documented: of one scan, of which torch would have to know that lengths are not broadcast.
+    x, layout = batch([[[30, 3]]])
     with pytest.raises(AssertionError, match="Guard failed: .*num_segments.1'. != 1"):
         modules[0](x, export_tables(layout))
 
