@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+from itertools import chain, repeat
+from types import SimpleNamespace
 
 import finished_run
 import numpy as np
@@ -14,6 +16,7 @@ pytest.importorskip("accelerate")
 from safetensors.torch import load_file, save_file
 
 from hlip.cli import main, vectors
+from hlip.train.examples import FolderStudies
 
 place, run = finished_run.place, finished_run.run
 
@@ -124,3 +127,52 @@ def test_what_cannot_be_gone_on_with_is_told(run, place, interrupted, capsys, ca
         assert status == 0 and f"no {place / 'f.npz.partial'} to go on from: starting anew" in caplog.text
     else:
         assert status == 1 and said[what] in capsys.readouterr().err and (place / "f.npz.partial").exists()
+
+
+def test_other_names_do_not_replace_what_is_kept(run, place, interrupted, capsys, caplog, monkeypatch):
+    interrupted(2, control_c)
+    monkeypatch.chdir(place / "studies")
+    assert main(["embed", "s0", "s1", "--run", "../run", "--out", "../f.npz", "--resume"]) == 1
+    assert "has other studies than those asked for, 'studies/s0' and not 's0'" in capsys.readouterr().err
+    monkeypatch.chdir(place)
+    assert stored("f.npz.partial")[0] == STUDIES[:2]
+    assert main(["embed", "studies/s1", "studies/s3", "--run", run, "--out", "f.npz", "--resume"]) == 0
+    assert "1 of 2 studies in" in caplog.text and "left out, e.g. studies/s0" in caplog.text
+
+
+def test_a_signal_is_seen_where_studies_cannot_be_read(run, place, interrupted, capsys, monkeypatch):
+    for i in (1, 2, 3):
+        next((place / "studies" / f"s{i}").iterdir()).write_bytes(b"broken")
+    read, seen = FolderStudies.__getitem__, []
+
+    def signalled(self, index):
+        seen.append(index)
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, index)
+
+    monkeypatch.setattr(FolderStudies, "__getitem__", signalled)
+    assert interrupted(9, None) == (143, STUDIES[:1])
+    assert seen == [0, 1] and "stopped by SIGTERM: 1 of 4 studies are kept" in capsys.readouterr().err
+
+
+def test_a_second_signal_does_not_end_the_saving(run, interrupted, capsys, monkeypatch):
+    keep = vectors.Vectors.keep
+
+    def keep_under_fire(self):
+        os.kill(os.getpid(), signal.SIGUSR1)  # would end the process
+        return keep(self)
+
+    monkeypatch.setattr(vectors.Vectors, "keep", keep_under_fire)
+    assert interrupted(2, lambda: os.kill(os.getpid(), signal.SIGTERM))[0] == 143
+    assert stored("f.npz.partial")[0] == STUDIES[:2]
+
+
+def test_a_full_disk_is_not_tried_with_every_study(run, interrupted, caplog, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(vectors, "time", SimpleNamespace(monotonic=chain([0.0], repeat(1000.0)).__next__))
+    monkeypatch.setattr(vectors, "write_atomically", full)
+    interrupted(3, control_c)
+    assert caplog.text.count("what is there so far could not be saved") == 2  # when it was due, and at the end

@@ -54,21 +54,22 @@ def _embed_rest(run: Run, studies: FolderStudies, vectors: Vectors, device: str,
     done = set(vectors.names)
     rest = [i for i, name in enumerate(studies.names) if name not in done]
     ahead = min(num_workers, max(len(rest) - 1, 0))  # none for a single study
-    try:
-        with stop_signals() as came:
+    with stop_signals() as came:  # until all is saved: none that comes twice ends that
+        try:
             for names, features in embedded(run.model, Subset(studies, rest), device, batch_size=1, workers=ahead):
-                vectors.add(names, features)
+                if names:
+                    vectors.add(names, features)
                 if came:
                     raise Stopped("", came[0])
-    except BaseException as error:
-        if not vectors.keep():
+        except BaseException as error:
+            if not vectors.keep():
+                raise
+            kept = f"{len(vectors.names)} of {len(studies)} studies are kept in {vectors.partial}; --resume goes on from there"
+            if isinstance(error, KeyboardInterrupt):
+                number = error.status - 128 if isinstance(error, Stopped) else signal.SIGINT
+                raise Stopped(f"stopped by {signal.Signals(number).name}: {kept}", number) from None
+            print(kept, file=sys.stderr)
             raise
-        kept = f"{len(vectors.names)} of {len(studies)} studies are kept in {vectors.partial}; --resume goes on from there"
-        if isinstance(error, KeyboardInterrupt):
-            number = error.status - 128 if isinstance(error, Stopped) else signal.SIGINT
-            raise Stopped(f"stopped by {signal.Signals(number).name}: {kept}", number) from None
-        print(kept, file=sys.stderr)
-        raise
 
 
 def print_scores(run: Run, chosen: Benchmark, names: list[str], features: torch.Tensor) -> None:

@@ -58,7 +58,7 @@ class Vectors:
         """Takes what an interrupted call has left, of the studies that are wanted; returns how many those are.
 
         Raises:
-            ValueError: it cannot be read, or was made with another model or in another way.
+            ValueError: it cannot be read, was made with another model or in another way, or has none of the studies.
         """
         if not self.partial.exists():
             log.warning("no %s to go on from: starting anew", self.partial)
@@ -72,9 +72,20 @@ class Vectors:
                 f"{self.partial} was made with other weights, or of scans prepared in another way: go on with --run and "
                 "options as they were, or remove it and start without --resume"
             )
-        wanted = set(wanted)
+        among = set(wanted)
+        left_out = [name for name in names if name not in among]
+        if left_out and len(left_out) == len(names):
+            raise ValueError(
+                f"{self.partial} has other studies than those asked for, {names[0]!r} and not {wanted[0]!r}: name them as "
+                "before, from the same folder, or remove it and start without --resume"
+            )
+        if left_out:
+            log.warning(
+                "%d of %d studies in %s are not among those asked for, and are left out, e.g. %s",
+                len(left_out), len(names), self.partial, left_out[0],
+            )  # fmt: skip
         for name, feature in zip(names, features, strict=True):
-            if name in wanted:
+            if name in among:
                 self.names.append(name)
                 self._features.append(feature[None])
         self._kept = len(self.names)
@@ -89,6 +100,7 @@ class Vectors:
 
     def keep(self) -> bool:
         """Saves the features so far; whether there are any, and it could be done."""
+        self._saved = time.monotonic()  # also where it fails: not tried again with each study
         if len(self.names) > self._kept:
             try:
                 write_atomically(self.partial, lambda path: self._write(path, options=np.array(self.options)))
@@ -96,7 +108,6 @@ class Vectors:
                 log.warning("%s: what is there so far could not be saved (%s)", self.partial, reason(error))
                 return False
             self._kept = len(self.names)
-        self._saved = time.monotonic()
         return self._kept > 0
 
     def finish(self, order: Sequence[str]) -> tuple[list[str], Tensor]:
@@ -146,7 +157,7 @@ def _read(path: Path, *more: str) -> tuple[list[str], Tensor, list[str]]:
             names, features, texts = stored["studies"].tolist(), stored["features"], [str(stored[name]) for name in more]
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: cannot be read as features of `hlip embed` ({reason(error)})") from error
     if len(names) != len(features) or features.dtype != np.float32:
         raise ValueError(

@@ -167,8 +167,9 @@ def embed_studies(
     """Names and normalised image features ``(N, [P,] D)``, float32 on the CPU, of every study that can be read."""
     names, features = [], []
     for some, theirs in embedded(model, dataset, device, batch_size=batch_size, workers=workers):
-        names += some
-        features.append(theirs)
+        if some:
+            names += some
+            features.append(theirs)
     return names, torch.cat(features) if features else torch.empty(0)
 
 
@@ -176,7 +177,7 @@ def embed_studies(
 def embedded(
     model: HLIP, dataset: Dataset, device: torch.device | str, *, batch_size: int = 16, workers: int = 0
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """As :func:`embed_studies`, batch by batch."""
+    """As :func:`embed_studies`, batch by batch; of one in which no study can be read, no names."""
     was_training = model.training
     model.eval()
     loader = DataLoader(
@@ -185,7 +186,9 @@ def embedded(
     )  # fmt: skip
     try:
         for batch in loader:
-            if batch is not None:
+            if batch is None:
+                yield [], torch.empty(0)
+            else:
                 batch = batch.to(device)
                 yield batch.names, model.encode_image(batch.images, normalize=True).float().cpu()
     finally:
