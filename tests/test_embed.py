@@ -176,3 +176,22 @@ def test_a_full_disk_is_not_tried_with_every_study(run, interrupted, caplog, mon
     monkeypatch.setattr(vectors, "write_atomically", full)
     interrupted(3, control_c)
     assert caplog.text.count("what is there so far could not be saved") == 2  # when it was due, and at the end
+
+
+def test_control_c_before_anything_is_made_is_said(run, capsys, monkeypatch):
+    monkeypatch.setattr(vectors.Vectors, "add", lambda *_: control_c())
+    assert main(["embed", "studies", "--run", run, "--out", "f.npz"]) == 130
+    assert capsys.readouterr().err.endswith("hlip embed: stopped\n")
+
+
+def test_a_killed_reader_is_a_line(run, interrupted, capsys, monkeypatch):
+    read, caller = FolderStudies.__getitem__, os.getpid()
+
+    def killed(self, index):
+        if index == 2 and os.getpid() != caller:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, index)
+
+    monkeypatch.setattr(FolderStudies, "__getitem__", killed)
+    assert interrupted(9, None, "--workers", "1")[0] == 1
+    assert "hlip embed: a process that reads studies ahead has ended (DataLoader worker" in capsys.readouterr().err

@@ -45,8 +45,14 @@ def main(argv: list[str] | None = None) -> int:
         # What people can mend (files, disks, settings, packages) comes as a line, not as a traceback.
         print(f"hlip {args.command}{_process()}: {_reason(error)}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        why = f"a process that reads studies ahead has ended ({_one_line(error).rstrip('.')}); use fewer if memory is short"
+        print(f"hlip {args.command}{_process()}: {why}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:  # also a signal to stop, which says more
-        print(f"\nhlip {args.command}{_process()}: {error or 'stopped'}", file=sys.stderr)
+        print(f"\nhlip {args.command}{_process()}: {str(error) or 'stopped'}", file=sys.stderr)
         return getattr(error, "status", 130)
 
 
