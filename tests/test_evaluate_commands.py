@@ -21,7 +21,7 @@ from hlip.cli import embed as embedding
 from hlip.cli import main
 from hlip.evaluate import classification_metrics
 from hlip.model import VARIANTS, Tokenizer, create_model, train_tokenizer
-from hlip.train import published
+from hlip.train import published, validate
 
 place, run = finished_run.place, finished_run.run
 NAME = "vit_base_scan_study_dualdinotxt1568"
@@ -180,6 +180,16 @@ def test_scores_of_every_study_are_written(run, place, capsys):
     assert classification_metrics(scores, labels, ["mass", "bleed"]).table() in out
     assert main(["evaluate", run, *given("--scores", "studies")]) == 1
     assert "--scores: " in (err := capsys.readouterr().err) and "is a folder" in err
+
+
+def test_a_full_disk_does_not_take_the_table_away(run, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(validate, "write_atomically", full)
+    assert main(["evaluate", run, *given("--scores", "scores.csv")]) == 1
+    said = capsys.readouterr()
+    assert "macro mean" in said.out and "hlip evaluate: No space left" in said.err and "->" not in said.out
 
 
 def test_features_of_before_are_scored_as_studies_are(run, place, capsys, caplog):

@@ -37,9 +37,11 @@ def evaluate(args) -> int:
         else:
             validation = own_validation(run, args)
         scores, wanted = validation.score(run.model, run.tokenizer, device_of(args.device)), len(validation.labelled)
-    if out is not None:
-        scores.write_csv(out)
-    print(scores.metrics().table())
+    try:
+        if out is not None:
+            scores.write_csv(out)
+    finally:  # a full disk does not take the table away
+        print(scores.metrics().table())
     if out is not None:
         print(f"scores of {len(scores.studies)} studies -> {args.scores}")
     return 0 if len(scores.studies) == wanted else 1
