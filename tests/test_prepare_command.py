@@ -74,12 +74,33 @@ def test_what_was_left_half_written_goes_after_a_day(config, tmp_path):
     assert not old.exists() and new.exists()
 
 
-def test_a_cache_that_cannot_be_written_is_told(config, tmp_path, caplog):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache").rename(tmp_path / "elsewhere")
-    (tmp_path / "cache").symlink_to("/proc/self/nowhere")
+@pytest.mark.parametrize("cache, words", [
+    ("link", "data.cache: prepared scans cannot be stored in link"),
+    ("p.yaml/cache", "data.cache: prepared scans cannot be stored in p.yaml/cache"),
+    ("locked", "data.cache: no permission to write in locked"),
+])  # fmt: skip
+def test_a_cache_that_cannot_be_written_is_told_before_studies_are_read(config, tmp_path, capsys, monkeypatch, cache, words):
+    (tmp_path / "link").symlink_to("/proc/self/nowhere")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and access(path, mode))  # also for root
+    monkeypatch.setattr(prepared, "prepare_study", lambda path, *_, **__: pytest.fail(f"{path} is read"))
+    assert prepare(config, "--workers", "0", "--set", f"data.cache={cache}") == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_cache_that_fills_up_is_told(config, caplog, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepared, "write_tensors", full)
     assert prepare(config, "--workers", "0") == 1
     assert "prepared scans cannot be stored" in caplog.text
+
+
+def test_what_another_process_finishes_writing_is_no_error(tmp_path, monkeypatch):
+    cache = prepared.PreparedCache(tmp_path, pytest.fail)
+    monkeypatch.setattr(type(tmp_path), "glob", lambda folder, _: [folder / ".a.safetensors.x.partial"])
+    cache.remove_stale()
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..progress import progress_bar
+from ..storage import reason
 from ..train import load_config
 from ..train.examples import FolderStudies
 from ..train.inputs import make_datasets
@@ -19,6 +22,9 @@ def prepare(args, overrides: Mapping) -> int:
 
     Returns:
         0; 1 if a study could not be read or stored.
+
+    Raises:
+        FileNotFoundError, ValueError: the config cannot be used, or nothing can be stored in its cache.
     """
     config = load_config(args.config, overrides)
     config.validate()
@@ -27,12 +33,23 @@ def prepare(args, overrides: Mapping) -> int:
     if not config.data.cache:
         raise ValueError("data.cache: name the folder that prepared scans are kept in (--set data.cache=FOLDER)")
     train, valid, prompts = make_datasets(config)
+    _check_folder(train.cache.folder)
     train.cache.remove_stale()
     failed = _fill(train, list(range(len(train))), args)
     if valid is not None:
         labelled = [i for i, name in enumerate(valid.names) if name in prompts[1]]
         failed += _fill(valid, labelled, args)
     return 1 if failed else 0
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ValueError if nothing can be stored in a folder, which is better known before hours of work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache: prepared scans cannot be stored in {folder} ({reason(error)})") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"data.cache: no permission to write in {folder}")
 
 
 def _fill(studies: FolderStudies, indices: list[int], args) -> int:

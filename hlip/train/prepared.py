@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,8 +87,9 @@ class PreparedCache:
     def remove_stale(self) -> None:
         """Removes what processes that were killed more than a day ago left half written."""
         for partial in self.folder.glob(".*.safetensors.*.partial"):
-            if time.time() - partial.stat().st_mtime > 24 * 3600:
-                partial.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process has just finished writing it
+                if time.time() - partial.stat().st_mtime > 24 * 3600:
+                    partial.unlink()
 
     def _file(self, path: Path, preset: str | Mapping[str, str], limits: Mapping) -> Path:
         return self.folder / f"{_key(path, preset, limits)}.safetensors"
