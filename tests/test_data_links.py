@@ -87,7 +87,7 @@ def test_training_goes_by_the_same_rule(tmp_path, caplog):
     (tmp_path / "split" / "p1").symlink_to(tmp_path / "store" / "p1")
     with caplog.at_level(logging.WARNING):
         studies = FolderStudies(tmp_path / "split", need_reports=False)
-    assert studies.names == ["p2"] and f"1 of its folders are links to elsewhere, {NOT_FOLLOWED}" in caplog.text
+    assert studies.names == ["p2"] and f"passed over 1 link to elsewhere, {NOT_FOLLOWED}" in caplog.text
     assert FolderStudies(tmp_path / "split", need_reports=False, follow_links=True).names == ["p1", "p2"]
 
 

@@ -44,11 +44,31 @@ def test_links_out_of_the_folder_are_followed_when_asked(folder, tmp_path, caplo
     volume(tmp_path / "store" / "ses-3" / "T1.nii.gz")
     (folder / "sub-1" / "ses-3").symlink_to(tmp_path / "store" / "ses-3")
     (folder / "out").symlink_to(tmp_path / "store")
+    (folder / "flat-2.nii.gz").symlink_to(tmp_path / "store" / "ses-3" / "T1.nii.gz")
     (folder / "again").symlink_to(folder / "p")
-    assert names(folder, "sub-1/ses-3", "out/ses-3") == ["again", "p", "sub-1", "sub-2"]
-    assert f"1 of its folders are links to elsewhere, {NOT_FOLLOWED}" in caplog.text
-    followed = names(folder, "sub-1/ses-3", "out/ses-3", follow_links=True)
-    assert followed == ["again", "out/ses-3", "p", "sub-1/ses-3", "sub-2"]
+    named = ("sub-1/ses-3", "out/ses-3", "flat-2.nii.gz")
+    assert names(folder, *named) == ["again", "p", "sub-1", "sub-2"]
+    assert f"studies: passed over 3 links to elsewhere, {NOT_FOLLOWED}" in caplog.text  # one of them to out/ses-3
+    assert names(folder, *named, follow_links=True) == [
+        "again", "flat-2.nii.gz", "out/ses-3", "p", "sub-1/ses-3", "sub-2"
+    ]  # fmt: skip
+
+
+def test_links_to_folders_with_reports_are_followed_when_asked(folder, tmp_path, caplog):
+    volume(tmp_path / "store" / "ses-3" / "T1.nii.gz")
+    (tmp_path / "store" / "ses-3" / "report.txt").write_text("Mass.")
+    (tmp_path / "store" / "ses-3" / "loop").symlink_to(folder)
+    (folder / "sub-1" / "ses-3").symlink_to(tmp_path / "store" / "ses-3")
+    (folder / "sub-1" / "ses-1" / "loop").symlink_to(folder / "sub-1")
+    assert names(folder, with_reports=True) == ["p", "sub-1", "sub-2"]
+    assert f"studies: passed over 1 link to elsewhere, {NOT_FOLLOWED}" in caplog.text
+    assert names(folder, with_reports=True, follow_links=True) == ["p", "sub-1/ses-3", "sub-2"]
+
+
+def test_a_path_is_one_name_however_it_is_written(folder, tmp_path):
+    (tmp_path / "r.csv").write_text("study,report\nsub-1/ses-1/,Mass.\n./sub-1//ses-1,Bleed.\nsub-2/,Normal.\n")
+    studies = FolderStudies(folder, reports=tmp_path / "r.csv")
+    assert dict(zip(studies.names, studies.reports, strict=True)) == {"sub-1/ses-1": ["Mass.", "Bleed."], "sub-2": ["Normal."]}
 
 
 def test_accents_are_compared_whatever_characters_they_are_made_of(folder):

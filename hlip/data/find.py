@@ -78,7 +78,7 @@ def list_files(root: Path, follow_links: bool = False) -> tuple[list[Path], list
     for folder, subfolders, names in os.walk(root, onerror=failed, followlinks=follow_links):
         kept = []
         for name in sorted(subfolders):
-            reason = _why_not_folder(Path(folder, name), home, follow_links, seen)
+            reason = why_not_folder(Path(folder, name), home, follow_links, seen)
             if reason:
                 skipped.append(Skipped(Path(folder, name), reason, broken=reason.endswith(_MAYBE_SCANS)))
             else:
@@ -94,7 +94,8 @@ def list_files(root: Path, follow_links: bool = False) -> tuple[list[Path], list
     return files, skipped
 
 
-def _why_not_folder(path: Path, home: Path, follow_links: bool, seen: set[Path]) -> str:
+def why_not_folder(path: Path, home: Path, follow_links: bool, seen: set[Path]) -> str:
+    """Why a folder inside ``home`` is passed over; empty if it is not. ``seen``: where links have led before."""
     if path.name.startswith("."):
         return "a hidden folder"
     if not path.is_symlink():

@@ -25,30 +25,33 @@ def study_places(
         follow_links: also take links that lead out of the folder, which otherwise are told of.
         with_reports: also take deeper folders that hold a report, where their sub-folder holds none.
     """
-    home = folder.resolve()
+    from ..data.find import NOT_FOLLOWED
+    from ..data.study import count
+
+    home, named = folder.resolve(), set(named)
     found: dict[str, Path] = {}
-    links = 0
+    deeper: dict[str, Path] = {}
+    links: set[Path] = set()  # that lead out of the folder, and are not followed
+
+    def take(name: str, place: Path, into: dict[str, Path]) -> None:
+        if follow_links or not _leaves(place, home):
+            into[name] = place
+        elif links.isdisjoint(place.parents):
+            links.add(place)
+
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
-            if follow_links or not _leaves(entry, home):
-                found[study_name(entry.name)] = entry
-            else:
-                links += 1
-    if links:
-        from ..data.find import NOT_FOLLOWED
-
-        log.warning("%s: %d of its folders are links to elsewhere, %s", folder, links, NOT_FOLLOWED)
-    deeper: dict[str, Path] = {}
-    for name in named:
-        if name not in found:
-            place = _below(folder, name)
-            if place is not None and (follow_links or not _leaves(place, home)):
-                deeper[name] = place
+            take(study_name(entry.name), entry, found)
+    for name in sorted(named - set(found)):
+        place = _below(folder, name)
+        if place is not None:
+            take(name, place, deeper)
     if with_reports:
-        for place in found.values():
-            if not (place / REPORT).is_file():
-                deeper |= {study_name(p.relative_to(folder).as_posix()): p for p in _with_report(place, follow_links)}
-    named = set(named)
+        for top in found.values():
+            if not (top / REPORT).is_file():
+                deeper |= {study_name(p.relative_to(folder).as_posix()): p for p in _with_report(top, follow_links, links)}
+    if links:
+        log.warning("%s: passed over %s to elsewhere, %s", folder, count(len(links), "link"), NOT_FOLLOWED)
     on_the_way = {PurePosixPath(name).parts[0] for name in deeper}
     kept = {name: place for name, place in found.items() if name in named or name not in on_the_way}
     return dict(sorted({**kept, **deeper}.items()))
@@ -66,24 +69,28 @@ def _below(folder: Path, name: str) -> Path | None:
         return None
     place = folder
     for part in parts:
-        place = next(
-            (p for p in (place / part, *_alike(place, part)) if os.path.exists(p)), None
-        )  # not there: also what cannot be a name
+        place = place / part if os.path.exists(place / part) else _alike(place, part)  # not there: also what cannot be a name
         if place is None:
             return None
     return place
 
 
-def _alike(folder: Path, name: str) -> Iterable[Path]:
-    """Entries of that name whose accented letters are written with other characters."""
-    if not name.isascii() and folder.is_dir():
-        yield from (p for p in folder.iterdir() if study_name(p.name) == name)
+def _alike(folder: Path, name: str) -> Path | None:
+    """The entry of that name whose accented letters are written with other characters."""
+    if name.isascii() or not folder.is_dir():
+        return None
+    return next((p for p in folder.iterdir() if study_name(p.name) == name and p.exists()), None)
 
 
-def _with_report(top: Path, follow_links: bool) -> Iterable[Path]:
-    """The folders below ``top`` that hold a report, none inside another."""
-    for place, folders, files in os.walk(top, followlinks=False):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and not Path(place, f).is_symlink())
+def _with_report(top: Path, follow_links: bool, links: set[Path]) -> Iterable[Path]:
+    """The folders below ``top`` that hold a report, none inside another; adds to ``links`` those that are not followed."""
+    from ..data.find import NOT_FOLLOWED, why_not_folder
+
+    home, seen = top.resolve(), set()
+    for place, folders, files in os.walk(top, followlinks=follow_links):
+        reasons = {name: why_not_folder(Path(place, name), home, follow_links, seen) for name in sorted(folders)}
+        links |= {Path(place, name) for name, reason in reasons.items() if reason.endswith(NOT_FOLLOWED)}
+        folders[:] = [name for name, reason in reasons.items() if not reason]
         if REPORT in files and Path(place) != top:
             folders[:] = []
             yield Path(place)

@@ -7,7 +7,7 @@ import io
 import math
 import unicodedata
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..text_file import read_text
 from .sentences import split_sentences
@@ -55,8 +55,11 @@ def read_labels(path: str | Path, classes: Sequence[str]) -> dict[str, list[floa
 
 
 def study_name(name: str) -> str:
-    """A study's name as names are compared: of an accented letter some systems make two characters, others one (NFC)."""
-    return unicodedata.normalize("NFC", name)
+    """A study's name as names are compared: one for each path ("a/b", not "./a/b/"), and one for each accented letter.
+
+    Of the latter some systems make two characters, others one (NFC).
+    """
+    return unicodedata.normalize("NFC", PurePosixPath(name).as_posix())
 
 
 def report_file(folder: Path) -> list[str]:
