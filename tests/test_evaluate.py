@@ -18,7 +18,7 @@ from sklearn.metrics import (
 )
 from tiny import tiny_model
 
-from hlip.evaluate import benchmark, classification_metrics, zero_shot_classifier
+from hlip.evaluate import Classifier, benchmark, classification_metrics, zero_shot_classifier
 from hlip.evaluate.prompts import benchmarks, parse
 
 
@@ -136,7 +136,7 @@ def test_a_class_is_the_mean_of_its_normalised_prompts(kind):
     cosine = torch.nn.functional.normalize(images[:, 0], dim=-1) @ classifier.weights.T
     scores = classifier.scores(images)
     expected = torch.softmax(float(model.logit_scale.exp().detach()) * cosine, -1) if kind == "multiclass" else cosine
-    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(scores.float(), expected)
 
 
 @pytest.mark.parametrize("against", ["no {c}", {"a": ["no one", "no two"], "b": "no six"}])
@@ -148,7 +148,17 @@ def test_a_class_is_scored_against_its_denial(against):
     images = torch.randn(3, 24)
     both = [c.cosine(images) for c in (classifier, zero_shot_classifier(model, Words(), denied))]
     scale = float(model.logit_scale.exp().detach())
-    torch.testing.assert_close(classifier.scores(images), torch.softmax(scale * torch.stack(both), 0)[0])
+    torch.testing.assert_close(classifier.scores(images).float(), torch.softmax(scale * torch.stack(both), 0)[0])
+
+
+@pytest.mark.parametrize("entry", [{"classes": ["a"], "against": "no {c}"}, {"classes": ["a", "b"], "kind": "multiclass"}])
+def test_scores_near_one_are_still_ranked(entry):
+    benchmark, a, b = parse("t", entry), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    weights, against = (a, b) if "against" in entry else (torch.cat([a, b]), None)
+    angles = torch.linspace(0.56, 0.66, 20)  # all of them much nearer to a
+    images = torch.stack([angles.cos(), angles.sin()], 1)
+    scores = Classifier(benchmark, weights, 100.0, against).scores(images)[:, 0].numpy()
+    assert roc_auc_score([1] * 10 + [0] * 10, scores) == 1.0 and len(set(scores)) == 20
 
 
 def test_multiclass_metrics_are_scikit_learns():

@@ -77,6 +77,6 @@ def print_scores(run: Run, chosen: Benchmark, names: list[str], features: torch.
     classifier = zero_shot_classifier(run.model, run.tokenizer, chosen)
     width = max(map(len, names))
     print(" " * width + "  " + "  ".join(chosen.classes))
-    for name, row in zip(names, classifier.scores(features).cpu(), strict=True):
+    for name, row in zip(names, classifier.scores(features), strict=True):
         cells = (f"{value:>{len(c)}.3f}" for c, value in zip(chosen.classes, row, strict=True))
         print(f"{name:{width}}  " + "  ".join(cells))

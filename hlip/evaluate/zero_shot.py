@@ -32,15 +32,16 @@ class Classifier:
         return self._unit(image_features) @ self.weights.T
 
     def scores(self, image_features: Tensor) -> Tensor:
-        """What metrics take, ``(N, num_classes)``.
+        """What metrics take, ``(N, num_classes)``, on the CPU.
 
-        Softmax probabilities: over the classes if they compete, of each class and its denial if there are any. Otherwise
-        cosine similarities.
+        Softmax probabilities: over the classes if they compete, of each class and its denial if there are any. Those are
+        float64, because in float32 all above 1 - 6e-8 are 1, and not ranked any more. Otherwise cosine similarities.
         """
         cosine = self.cosine(image_features)
         if self.against is not None:
-            return torch.sigmoid(self.scale * (cosine - self._unit(image_features) @ self.against.T))
-        return torch.softmax(self.scale * cosine, dim=-1) if self.benchmark.kind == "multiclass" else cosine
+            return torch.sigmoid(self.scale * (cosine - self._unit(image_features) @ self.against.T).cpu().double())
+        cosine = cosine.cpu()
+        return torch.softmax(self.scale * cosine.double(), dim=-1) if self.benchmark.kind == "multiclass" else cosine
 
     def _unit(self, image_features: Tensor) -> Tensor:
         if image_features.ndim == 3:

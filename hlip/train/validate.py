@@ -99,7 +99,7 @@ class Scores:
     ) -> Scores:  # fmt: skip
         """From image features ``(N, [P,] D)``, on the model's device."""
         classifier = zero_shot_classifier(model, tokenizer, benchmark)
-        return cls(benchmark, studies, classifier.scores(features).float().cpu().numpy(), np.array(labels))
+        return cls(benchmark, studies, classifier.scores(features).numpy(), np.array(labels))
 
     def metrics(self) -> Metrics:
         return classification_metrics(self.values, self.labels, self.benchmark.classes, self.benchmark.kind)
@@ -114,7 +114,7 @@ class Scores:
                 rows.writerow(["study", *classes, *(f"label: {c}" for c in classes)])
                 for study, values, labels in zip(self.studies, self.values, self.labels, strict=True):
                     known = ["" if np.isnan(label) else int(label) for label in labels]
-                    rows.writerow([study, *(f"{value:.9g}" for value in values), *known])
+                    rows.writerow([study, *map(str, values), *known])  # as many digits as tell scores apart
 
         write_atomically(path, write)
 
