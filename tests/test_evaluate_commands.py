@@ -229,8 +229,17 @@ def test_features_that_cannot_be_scored_are_told(run, place, capsys):
     assert "--features needs --labels" in refused("f.npz", "--prompts", "p.yaml")
     assert "absent.npz" in refused("absent.npz", *table)
     assert "cannot be read as features of `hlip embed`" in refused("labels.csv", *table)
-    np.savez(place / "other.npz", studies=np.array(["a"]), features=np.ones((1, 8)), model=np.array("m"))
-    assert "1 studies, but features (1, 8) of float64" in refused("other.npz", *table)
+    for names, vectors, said in (
+        (["a"], np.ones((1, 8)), "1 studies, but features (1, 8) of float64"),
+        (["a", "b"], np.ones((1, 8), np.float32), "2 studies, but features (1, 8) of float32"),
+        ([1], np.ones((1, 8), np.float32), "not of `hlip embed`"),
+        ("a", np.float32(1), "1 studies, but features () of float32"),
+        ([object()], np.ones((1, 8), np.float32), "cannot be read as features"),
+    ):
+        np.savez(place / "other.npz", studies=np.array(names), features=vectors, model=np.array("m"))
+        assert said in refused("other.npz", *table)
+    np.save(place / "other.npy", np.ones((1, 8)))
+    assert "cannot be read as features" in refused("other.npy", *table)
     weights = load_file(place / "run" / "model.safetensors")
     weights["logit_scale"] += 1
     save_file(weights, place / "run" / "model.safetensors")

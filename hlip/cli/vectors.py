@@ -154,13 +154,14 @@ def read_vectors(path: Path, model: str) -> tuple[list[str], Tensor]:
 def _read(path: Path, *more: str) -> tuple[list[str], Tensor, list[str]]:
     try:
         with np.load(path, allow_pickle=False) as stored:
-            names, features, texts = stored["studies"].tolist(), stored["features"], [str(stored[name]) for name in more]
+            names, features, texts = stored["studies"], stored["features"], [str(stored[name]) for name in more]
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: cannot be read as features of `hlip embed` ({reason(error)})") from error
-    if len(names) != len(features) or features.dtype != np.float32:
+    texts_and_vectors = names.dtype.kind == "U" and features.dtype == np.float32 and features.ndim in (2, 3)
+    if not texts_and_vectors or names.shape != features.shape[:1]:
         raise ValueError(
-            f"{path}: {len(names)} studies, but features {features.shape} of {features.dtype}: not of `hlip embed`"
+            f"{path}: {names.size} studies, but features {features.shape} of {features.dtype}: not of `hlip embed`"
         )
-    return names, torch.from_numpy(features), texts
+    return names.tolist(), torch.from_numpy(features), texts
