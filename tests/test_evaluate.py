@@ -33,8 +33,10 @@ def test_published_benchmarks_read_and_have_their_classes():
 def test_the_first_chest_benchmark_has_its_published_pairs():
     chest = benchmark("ct_rate_v1")
     assert len(chest.classes) == 16 and list(chest.against) == chest.classes == benchmark("ct_rate").classes
-    assert chest.prompts["Lung nodule"] == ("The volume shows: Nodule.",)
-    assert chest.against["Lung nodule"] == ("The volume shows: Not nodule.",)
+    # Of organs' templates ("The lung shows: Nodule.") the published phrases are without "lung", of this one with it.
+    for name in ("Lung nodule", "Lung opacity"):
+        assert chest.prompts[name] == (f"The volume shows: {name}.",)
+        assert chest.against[name] == (f"The volume shows: Not {name.lower()}.",)
     assert chest.against["Atelectasis"] == ("The volume shows: Not atelectatic.",)
 
 
