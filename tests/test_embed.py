@@ -102,7 +102,7 @@ def test_features_are_saved_now_and_then(run, place, interrupted, monkeypatch):
     assert saved == [STUDIES[:3]] and stored()[0] == STUDIES and not (place / "f.npz.partial").exists()
 
 
-@pytest.mark.parametrize("what", ["weights", "preset", "damaged", "another file", "nothing"])
+@pytest.mark.parametrize("what", ["weights", "levels", "preset", "damaged", "another file", "nothing"])
 def test_what_cannot_be_gone_on_with_is_told(run, place, interrupted, capsys, caplog, what):
     interrupted(2, control_c)
     more = []
@@ -111,6 +111,9 @@ def test_what_cannot_be_gone_on_with_is_told(run, place, interrupted, capsys, ca
         name = max(weights, key=lambda name: weights[name].numel())
         weights[name].view(-1)[3] += 1e-3
         save_file(weights, place / "run" / "model.safetensors")
+    elif what == "levels":  # the same weights, attending elsewhere
+        config = (place / "run" / "config.yaml").read_text()
+        (place / "run" / "config.yaml").write_text(config.replace("- scan\n", "- study\n"))
     elif what == "preset":
         more = ["--preset", "mri"]
     elif what == "damaged":
@@ -121,8 +124,8 @@ def test_what_cannot_be_gone_on_with_is_told(run, place, interrupted, capsys, ca
         (place / "f.npz.partial").unlink()
     capsys.readouterr()
     status = main(["embed", "studies", "--run", run, "--out", "f.npz", "--resume", *more])
-    said = {"weights": "was made with other weights", "preset": "was made with other weights", "damaged": "cannot be read",
-            "another file": "cannot be read"}  # fmt: skip
+    said = {**dict.fromkeys(("weights", "levels", "preset"), "was made with other weights"),
+            **dict.fromkeys(("damaged", "another file"), "cannot be read")}  # fmt: skip
     if what == "nothing":
         assert status == 0 and f"no {place / 'f.npz.partial'} to go on from: starting anew" in caplog.text
     else:

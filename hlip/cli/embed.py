@@ -36,7 +36,7 @@ def embed(args) -> int:
     paths, failed = studies_at(args.paths, args.follow_links)
     options = reading(run, args)
     studies = FolderStudies(Path.cwd(), paths=paths, need_reports=False, **options)
-    vectors = Vectors(out, fingerprint(run.model.state_dict()), options)
+    vectors = Vectors(out, fingerprint(run.model), options)
     before = vectors.resume(studies.names) if args.resume else vectors.check_nothing_is_lost()
     _embed_rest(run, studies, vectors, device, workers(run, args))
     if not vectors.names:

@@ -54,7 +54,7 @@ def stored_scores(run: Run, args) -> tuple[Scores, int]:
     """
     chosen = benchmark(args.prompts)
     known = read_labels(args.labels, chosen.classes)
-    names, features = read_vectors(Path(args.features), fingerprint(run.model.state_dict()))
+    names, features = read_vectors(Path(args.features), fingerprint(run.model))
     rows = _rows_of(known, names, args)
     called = dict(zip(rows.values(), rows, strict=True))
     check_labels([called.get(i, name) for i, name in enumerate(names)], args.features, known, chosen, args.labels)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model import HLIP
 from ..storage import reason, remove_partial, write_atomically
 
 log = logging.getLogger(__name__)
@@ -20,10 +21,10 @@ log = logging.getLogger(__name__)
 SAVE_SECONDS = 300.0  # of work that may be lost when a process is killed
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Another for other weights."""
-    digest = hashlib.sha256()
-    for name, tensor in weights.items():
+def fingerprint(model: HLIP) -> str:
+    """Another for other weights, and for another variant, whose weights may have the same shapes (other levels)."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -69,8 +70,8 @@ class Vectors:
             raise ValueError(f"{error}; remove it and start without --resume") from error
         if made_with != [self.model, self.options]:
             raise ValueError(
-                f"{self.partial} was made with other weights, or of scans prepared in another way: go on with --run and "
-                "options as they were, or remove it and start without --resume"
+                f"{self.partial} was made with other weights, another --model, or of scans prepared in another way: go on with "
+                "--run and options as they were, or remove it and start without --resume"
             )
         among = set(wanted)
         left_out = [name for name in names if name not in among]
@@ -147,7 +148,9 @@ def read_vectors(path: Path, model: str) -> tuple[list[str], Tensor]:
     """
     names, features, made_with = _read(path, "model")
     if made_with != [model]:
-        raise ValueError(f"{path} was made with other weights than these: texts and studies would not fit each other")
+        raise ValueError(
+            f"{path} was made with other weights than these, or another --model: texts and studies would not fit each other"
+        )
     return names, features
 
 
