@@ -12,6 +12,7 @@ import torch
 
 from .evaluate import zero_shot_classifier
 from .explain import occlusion
+from .picture import Row, draw_study
 from .simulate import SimulatedStudies, simulated_benchmark
 from .train.config import config_from, load_config
 from .train.loop import train
@@ -118,33 +119,11 @@ def _hit(maps: list[torch.Tensor], study, patch: tuple[int, int, int]) -> tuple[
 
 
 def _figure(study, maps: list[torch.Tensor], path: Path) -> None:
-    """A row per scan: its most relevant slice (or the middle one), the relevance over it, and the true outline."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = len(study.scans)
-    figure, axes = plt.subplots(rows, 3, figsize=(7.2, 2.35 * rows + 0.9), squeeze=False)
-    for row, (scan, name, heat, mask) in enumerate(zip(study.scans, study.names, maps, study.lesion_masks, strict=True)):
-        k = int(heat.amax(dim=(1, 2)).argmax()) if heat.max() > 0.15 else len(heat) // 2
-        image = scan[k].numpy()
-        titles = (f"{name}, slice {k + 1} of {len(scan)}", "relevance for the finding", "the simulated lesion")
-        for column, title in enumerate(titles):
-            ax = axes[row][column]
-            ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-            ax.set_title(title, fontsize=8)
-            ax.set_axis_off()
-        axes[row][1].imshow(np.ma.masked_less(heat[k].numpy(), 0.15), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
-        if mask[k].any():
-            axes[row][2].contour(mask[k].numpy(), levels=[0.5], colors="tab:red", linewidths=1)
+    """The relevance over every scan, beside the true outline."""
+    rows = [
+        Row(name, scan.numpy(), heat.numpy(), mask.numpy())
+        for scan, name, heat, mask in zip(study.scans, study.names, maps, study.lesion_masks, strict=True)
+    ]
     report = " ".join(study.sentences)
-    figure.suptitle(
-        f"Held-out study: {study.finding}\n{report[:230] + ('...' if len(report) > 230 else '')}",
-        fontsize=8,
-        wrap=True,
-    )
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.2 / (2.35 * rows + 0.9)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    title = f"Held-out study: {study.finding}\n{report[:230] + ('...' if len(report) > 230 else '')}"
+    draw_study(rows, title, path, max_value=255, captions=("relevance for the finding", "the simulated lesion"))

@@ -17,7 +17,7 @@ def study(tmp_path):
     return tmp_path / "studies"
 
 
-@pytest.mark.parametrize("command", ["info", "prepare", "embed", "evaluate", "train", "demo"])
+@pytest.mark.parametrize("command", ["info", "prepare", "embed", "evaluate", "explain", "train", "demo"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

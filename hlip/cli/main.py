@@ -21,6 +21,7 @@ examples:
   hlip train --config train.yaml               train on your own studies and reports
   hlip evaluate runs/mine --studies test/ --labels labels.csv --prompts prompts.yaml
   hlip embed patient-*/ --run runs/mine --out features.npz
+  hlip explain patient-17/ --run runs/mine --text "acute infarct"
 
 'hlip COMMAND --help' explains each command. Not a medical device: not for diagnosis."""
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, BrokenPipeError) and args.command in ("info", "embed", "evaluate"):
+        if isinstance(error, BrokenPipeError) and args.command in ("info", "embed", "evaluate", "explain"):
             # What they print goes into `head`, which has seen enough. Nothing is to be said of it at exit either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141  # as the shell has it of a program that SIGPIPE ended
@@ -98,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="go on where an interrupted call for the same file stopped")
     _links(p)
     _prepared(p)
+    _workers(p)
     _device(p)
 
     p = _command(commands, "evaluate", "score studies against sentences, and the scores against labels", _evaluate)
@@ -107,6 +109,24 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--labels", help="CSV with a column 'study' and one of 0 and 1 for each class")
     p.add_argument("--prompts", help="a benchmark's name or a YAML file of classes and templates")
     p.add_argument("--scores", metavar="FILE", help="also write every study's scores and labels, as CSV")
+    _links(p)
+    _prepared(p)
+    _workers(p)
+    _device(p)
+
+    p = _command(commands, "explain", "show which places of a study speak for a sentence", _explain)
+    p.add_argument("study", metavar="STUDY", help="a study's folder or file")
+    p.add_argument("--run", required=True, help=_RUN)
+    p.add_argument("--text", help='a finding, as reports have it: "acute infarct"')
+    p.add_argument("--prompts", help="instead: a benchmark's name or a YAML file of classes and templates")
+    p.add_argument("--class", dest="target", default="", help="which of the classes of --prompts")
+    p.add_argument(
+        "--method", choices=("gradient", "occlusion"), default="gradient",
+        help="gradient: one pass; occlusion: leaves out one patch after the other, a pass for each (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--out", default="explained", help="folder to write: a map for each volume, a picture (default: %(default)s)"
+    )
     _links(p)
     _prepared(p)
     _device(p)
@@ -148,6 +168,15 @@ def _links(p: argparse.ArgumentParser) -> None:
 
 def _device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def _workers(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--workers",
+        type=_count,
+        metavar="N",
+        help="processes that read studies ahead; 0: read in between (default: as in training)",
+    )
 
 
 def _set(p: argparse.ArgumentParser) -> None:
@@ -210,6 +239,13 @@ def _evaluate(args) -> int:
     return evaluate(args)
 
 
+def _explain(args) -> int:
+    from .explain import explain
+
+    _check_device(args.device)
+    return explain(args)
+
+
 def _train(args) -> int:
     import torch
 
@@ -254,9 +290,3 @@ def _demo(args) -> int:
 def _prepared(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", default="", help="the published model that weights are of (default: told from their name)")
     p.add_argument("--preset", help="how scans are prepared (default: as for the model's training)")
-    p.add_argument(
-        "--workers",
-        type=_count,
-        metavar="N",
-        help="processes that read studies ahead; 0: read in between (default: as in training)",
-    )

@@ -50,3 +50,18 @@ def output_file(name: str, option: str) -> Path:
     if not os.access(there, os.W_OK) or not os.access(folder, os.W_OK):
         raise ValueError(f"{option}: no permission to write {path}")
     return path
+
+
+def output_folder(name: str, option: str) -> Path:
+    """The folder to write in, which need not be there yet; a link's target.
+
+    Raises:
+        ValueError: it is a file, or cannot be written in.
+    """
+    path = Path(name).expanduser().resolve()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option}: {there} is a file, expected a folder to write in")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{option}: no permission to write in {there}")
+    return path

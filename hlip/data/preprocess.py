@@ -8,7 +8,7 @@ The model subtracts its mean and divides by its standard deviation itself; nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .placement import Axis, affine_of
 from .study import Scan
 
 # Slices resized at once, and their pixels: bounds the float32 copy, and does not change a bit of the result.
@@ -107,12 +108,14 @@ class Prepared:
         name: the scan's name, and the window's if there are several.
         spacing: mm between slices, rows, columns, after all resizing.
         plane: "axial", "coronal" or "sagittal" (nearest).
+        affine: (4, 4), see :func:`hlip.data.placement.affine_of`.
     """
 
     voxels: Tensor
     name: str
     spacing: tuple[float, float, float]
     plane: str
+    affine: np.ndarray
 
 
 _HEAD_WINDOWS = (
@@ -182,23 +185,27 @@ def prepare(scan: Scan, preset: str | Preset) -> list[Prepared]:
         if preset not in PRESETS:
             raise ValueError(f"no preset named {preset!r}: choose one of {', '.join(PRESETS)}")
         preset = PRESETS[preset]
-    voxels, spacing, plane = _oriented(scan, preset)
+    image, order, plane = _oriented(scan, preset)
+    voxels = sitk.GetArrayFromImage(image).transpose(order)  # of z, y, x
+    spacing = tuple(image.GetSpacing()[2 - axis] for axis in order)
+    axes = [Axis(n) for n in voxels.shape]
     voxels = _bounded(voxels, preset)
     if preset.resample_mm:
         voxels, spacing = _resampled(voxels, spacing, preset.resample_mm)
+        axes = [axis.stretched(n) for axis, n in zip(axes, voxels.shape, strict=True)]
+    affine = affine_of(image, order, _sized_axes(axes, preset))
     found = []
     for window, values in _scaled(voxels, preset):
         volume, mm = _sized(values, spacing, preset)
-        found.append(Prepared(volume, f"{scan.name} {window}".rstrip(), mm, plane))
+        found.append(Prepared(volume, f"{scan.name} {window}".rstrip(), mm, plane, affine))
     return found
 
 
-def _oriented(scan: Scan, preset: Preset) -> tuple[np.ndarray, tuple[float, ...], str]:
-    """(D, H, W) array in the stored type, its spacing, and the plane of its slices."""
+def _oriented(scan: Scan, preset: Preset) -> tuple[sitk.Image, list[int], str]:
+    """The scan turned, which of its axes z, y, x become D, H, W, and the plane of its slices."""
     image = scan.image
     if preset.orientation:
         image = sitk.DICOMOrient(image, preset.orientation)
-    voxels = sitk.GetArrayFromImage(image)  # z, y, x
     spacing = image.GetSpacing()[::-1]
     letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())[::-1]
     axis = 0
@@ -209,7 +216,7 @@ def _oriented(scan: Scan, preset: Preset) -> tuple[np.ndarray, tuple[float, ...]
             axis = slices
     order = [axis, *(i for i in range(3) if i != axis)]
     planes = {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal", "L": "sagittal", "R": "sagittal"}
-    return voxels.transpose(order), tuple(spacing[i] for i in order), planes[letters[axis]]
+    return image, order, planes[letters[axis]]
 
 
 def _slice_axis(stored: sitk.Image, turned: sitk.Image) -> int:
@@ -266,9 +273,7 @@ def _sized(values: Tensor, spacing: tuple[float, ...], preset: Preset) -> tuple[
     """To the preset's number of slices, rows and columns, and to its type."""
     depth, rows, columns = values.shape
     mm = list(spacing)
-    slices = preset.num_slices
-    if slices is None and preset.max_slices and depth > preset.max_slices:
-        slices = preset.max_slices
+    slices = _num_slices(depth, preset)
     if slices is not None and preset.depth_by == "nearest":
         # Picking slices before resizing them is the same as after, and less work.
         values = values[_nearest(depth, slices)]
@@ -295,6 +300,25 @@ def _sized(values: Tensor, spacing: tuple[float, ...], preset: Preset) -> tuple[
     if slices is not None and preset.depth_by == "crop":
         values = _centred(values, (slices, preset.crop, preset.crop))
     return values.contiguous(), (mm[0], mm[1], mm[2])
+
+
+def _sized_axes(axes: Sequence[Axis], preset: Preset) -> list[Axis]:
+    """What :func:`_sized` does to the axes."""
+    depth, rows, columns = axes
+    slices = _num_slices(depth.length, preset)
+    if slices is not None:
+        depth = depth.stretched(slices) if preset.depth_by == "nearest" else depth.centred(slices)
+    plane = [rows, columns]
+    if preset.resize:
+        plane = [axis.centred(max(rows.length, columns.length)).stretched(preset.resize) for axis in plane]
+    return [depth, *(axis.centred(preset.crop) for axis in plane)]
+
+
+def _num_slices(depth: int, preset: Preset) -> int | None:
+    """How many slices a scan of ``depth`` becomes; ``None``: it keeps them."""
+    if preset.num_slices is None and preset.max_slices and depth > preset.max_slices:
+        return preset.max_slices
+    return preset.num_slices
 
 
 def _nearest(depth: int, slices: int) -> Tensor:

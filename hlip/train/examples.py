@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..model import StudyBatch
 from ..storage import reason
 from .places import study_places
-from .prepared import PreparedCache, prepare_study
+from .prepared import PreparedCache, check_preset, prepare_study
 from .sentences import split_sentences
 from .tables import REPORT, read_labels, read_reports, report_file, study_name
 
@@ -94,12 +94,10 @@ class FolderStudies(Dataset):
         preset: str | Mapping[str, str] = "auto", cache: str | Path = "", max_scans: int = 0, need_reports: bool = True,
         **limits,
     ):  # fmt: skip
-        from ..data import PRESETS, Limits
+        from ..data import Limits
 
         Limits(**limits)
-        for name in [preset] if isinstance(preset, str) else preset.values():
-            if name != "auto" and name not in PRESETS:
-                raise ValueError(f"no preset named {name!r}: choose auto or one of {', '.join(PRESETS)}")
+        check_preset(preset)
         self.folder, self.preset, self.max_scans = Path(folder), preset, max_scans
         self.limits = limits
         self.cache = PreparedCache(Path(cache), self._complain_once) if cache else None

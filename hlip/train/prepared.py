@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..storage import reason, write_tensors
+
+if TYPE_CHECKING:
+    from ..data import Prepared
 
 
 class PreparedStudy(NamedTuple):
@@ -29,23 +32,44 @@ class PreparedStudy(NamedTuple):
 
 
 def prepare_study(path: Path, preset: str | Mapping[str, str] = "auto", **limits) -> PreparedStudy:
-    """Reads one study and prepares its scans.
+    """Reads one study and prepares its scans; see :func:`prepare_volumes`."""
+    volumes, max_value, warning = prepare_volumes(path, preset, **limits)
+    return PreparedStudy([volume.voxels for volume in volumes], max_value, warning)
+
+
+def prepare_volumes(
+    path: Path, preset: str | Mapping[str, str] = "auto", **limits
+) -> tuple[list[Prepared], float, str]:  # fmt: skip
+    """Likewise, with the names of the volumes and where they lie.
 
     Args:
         path: a folder or a file.
         preset: a name in ``hlip.data.PRESETS``, for all scans; ``"auto"``: what :func:`hlip.data.scan_presets` guesses; a
             mapping: what it gives for the guess.
         limits: of reading, see :class:`hlip.data.Limits`.
+
+    Raises:
+        ValueError: no such preset; or see :func:`hlip.data.read_study` and :func:`hlip.data.prepare`.
     """
     from ..data import PRESETS, prepare, read_study, scan_presets
 
+    check_preset(preset)
     study = read_study(path, **limits)
     if isinstance(preset, str) and preset != "auto":
         presets = [PRESETS[preset]] * len(study)
     else:
         presets = scan_presets(study, None if preset == "auto" else preset)
-    scans = [p.voxels for scan, own in zip(study.scans, presets, strict=True) for p in prepare(scan, own)]
-    return PreparedStudy(scans, presets[0].max_value, study.warning())
+    volumes = [p for scan, own in zip(study.scans, presets, strict=True) for p in prepare(scan, own)]
+    return volumes, presets[0].max_value, study.warning()
+
+
+def check_preset(preset: str | Mapping[str, str]) -> None:
+    """Raises ValueError if there is no preset of that name."""
+    from ..data import PRESETS
+
+    for name in [preset] if isinstance(preset, str) else preset.values():
+        if name != "auto" and name not in PRESETS:
+            raise ValueError(f"no preset named {name!r}: choose auto or one of {', '.join(PRESETS)}")
 
 
 class PreparedCache:
