@@ -11,6 +11,8 @@ VENV   ?= .venv
 OUT    ?= runs/gpu
 MINUTES ?= 10
 BIN    := $(VENV)/bin
+# Python compiles what is imported, and keeps it; compiling all that torch brings would take a third of the installation.
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
 .PHONY: help demo test bench gpu stress lint clean
@@ -24,10 +26,9 @@ $(BIN)/python:
 	  { echo "hlip-kernels needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp per set of extras: installing again only when the sources of the build changed. Python compiles what is imported;
-# compiling all that torch brings would take a third of the time.
+# One stamp per set of extras: installing again only when the sources of the build changed.
 $(VENV)/.installed-%: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet $(COMPILE) --disable-pip-version-check --editable ".[$*]"
 	@touch $@
 
 demo: $(VENV)/.installed-model,data,demo
