@@ -54,7 +54,7 @@ def _embed_rest(run: Run, studies: FolderStudies, vectors: Vectors, device: str,
     done = set(vectors.names)
     rest = [i for i, name in enumerate(studies.names) if name not in done]
     ahead = min(num_workers, max(len(rest) - 1, 0))  # none for a single study
-    with stop_signals() as came:  # until all is saved: none that comes twice ends that
+    with stop_signals() as came:  # until all is saved, which a second signal does not end
         try:
             for names, features in embedded(run.model, Subset(studies, rest), device, batch_size=1, workers=ahead):
                 if names:
