@@ -57,6 +57,12 @@ def test_maps_and_a_picture(study, place, capsys):
     assert f"1.00  {slice_} of 48" in out.splitlines()[2] and volumes[strongest].name in out.splitlines()[2]
 
 
+def test_each_study_has_a_folder_of_its_own(run, place, capsys):
+    assert main(["explain", "studies/s1/", "--run", "run", "--text", "mass"]) == 0
+    assert {file.name for file in (place / "explained" / "s1").iterdir()} == {"01-xt1.nii.gz", "relevance.png"}
+    assert "-> explained/s1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("entry, rows, what", [
     ({"kind": "multiclass", "classes": ["mass", "bleed", "normal"]}, lambda c: c.weights[1] - (c.weights[0] + c.weights[2]) / 2,
      "bleed rather than the other classes"),

@@ -28,7 +28,8 @@ _MOST_ROWS = 12  # of the picture
 
 def explain(args) -> int:
     """Writes a map for every volume that the model is shown, to be laid over the scans, and a picture of the strongest."""
-    folder = output_folder(args.out, "--out")
+    out = args.out or str(Path("explained", Path(args.study).resolve().name))
+    folder = output_folder(out, "--out")
     chosen, target = what_is_asked(args)
     run = open_model(args.run, model=args.model, device=device_of(args.device))
     if chosen is None:
@@ -60,7 +61,7 @@ def explain(args) -> int:
         for i in order[:_MOST_ROWS]
     ]
     draw_study(rows, f"{what} (cosine {cosine:.3f})", folder / "relevance.png", max_value=max_value, captions=("relevance",))
-    print(f"{len(files)} maps and relevance.png -> {args.out}")
+    print(f"{len(files)} maps and relevance.png -> {out}")
     return 0
 
 

@@ -124,9 +124,7 @@ def parser() -> argparse.ArgumentParser:
         "--method", choices=("gradient", "occlusion"), default="gradient",
         help="gradient: one pass; occlusion: leaves out one patch after the other, a pass for each (default: %(default)s)",
     )  # fmt: skip
-    p.add_argument(
-        "--out", default="explained", help="folder to write: a map for each volume, a picture (default: %(default)s)"
-    )
+    p.add_argument("--out", help="folder to write: a map for each volume, a picture (default: explained/ and the study's name)")
     _links(p)
     _prepared(p)
     _device(p)
