@@ -1,7 +1,8 @@
 """Room for the frames of Python functions, all at once.
 
 CPython (3.11 and later) keeps frames in chunks of 16 KB, which it asks the system for and gives back at once: a loop whose
-calls go over the edge of one does both at every call. That was a tenth of the time of all tests.
+calls go over the edge of one does both at every call. In three files that interpret and emulate kernels that was 15 of the 21
+seconds of system time, of 127 seconds in all.
 """
 
 

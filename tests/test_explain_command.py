@@ -68,6 +68,7 @@ def test_each_study_has_a_folder_of_its_own(run, place, capsys):
      "bleed rather than the other classes"),
     ({"classes": ["mass", "bleed"], "against": "no {c}"}, lambda c: c.weights[1] - c.against[1], "bleed rather than not"),
     ({"classes": ["mass", "bleed"]}, lambda c: c.weights[1], "bleed"),
+    ({"kind": "multiclass", "classes": ["bleed"]}, lambda c: c.weights[0], "bleed"),
 ])  # fmt: skip
 def test_a_class_of_prompts(run, place, capsys, entry, rows, what):
     (place / "p.yaml").write_text(yaml.safe_dump(entry))
@@ -80,6 +81,7 @@ def test_a_class_of_prompts(run, place, capsys, entry, rows, what):
 @pytest.mark.parametrize("arguments, words", [
     ([], "give either --text, or --prompts with --class"),
     (["--text", "mass", "--prompts", "p.yaml"], "give either --text"),
+    (["--text", "mass", "--class", "mass"], "give either --text"),
     (["--prompts", "p.yaml", "--class", "edema"], "--class: 'edema' is none of p.yaml: mass, bleed"),
     (["--text", "mass", "--out", "p.yaml"], "--out: {place}/p.yaml is a file, expected a folder"),
     (["--text", "mass", "--preset", "mir"], "'mir'"),

@@ -71,7 +71,7 @@ def what_is_asked(args) -> tuple[Benchmark | None, str]:
     Raises:
         ValueError: neither, both, or a class that the prompts do not have.
     """
-    if bool(args.text) == bool(args.prompts):
+    if bool(args.text) == bool(args.prompts) or (args.text and args.target):
         raise ValueError("give either --text, or --prompts with --class")
     if args.text:
         return None, args.text
@@ -91,7 +91,7 @@ def direction_of(run: Run, chosen: Benchmark, target: str) -> tuple[torch.Tensor
     own = classifier.weights[place]
     if classifier.against is not None:
         return own - classifier.against[place], f"{target} rather than not"
-    if chosen.kind == "multiclass":
+    if chosen.kind == "multiclass" and len(chosen.classes) > 1:
         others = [row for i, row in enumerate(classifier.weights) if i != place]
         return own - torch.stack(others).mean(0), f"{target} rather than the other classes"
     return own, target

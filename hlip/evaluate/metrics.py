@@ -45,11 +45,11 @@ class Metrics:
     @property
     def macro_auc(self) -> float:
         """Mean AUC over the classes that have one."""
-        return mean(self.auc)
+        return _mean(self.auc)
 
     @property
     def macro_balanced_accuracy(self) -> float:
-        return mean(self.balanced_accuracy)
+        return _mean(self.balanced_accuracy)
 
     def table(self) -> str:
         """A text table, one class a line."""
@@ -69,7 +69,7 @@ class Metrics:
 
         for i, (name, n) in enumerate(zip(self.classes, self.positives, strict=True)):
             lines.append(line(name, f"{n:4d}/{self.num_studies:<4d}", [values[i] for values in columns.values()]))
-        lines.append(line("macro mean", "", [mean(values) for values in columns.values()]))
+        lines.append(line("macro mean", "", [_mean(values) for values in columns.values()]))
         if self.overall is not None:
             lines.append(f"accuracy {self.overall[0]:.3f}, weighted F1 {self.overall[1]:.3f}")
         else:
@@ -153,7 +153,7 @@ def _one_against_rest(y: np.ndarray, s: np.ndarray, chosen: np.ndarray | None) -
     return found
 
 
-def mean(values: tuple[float, ...]) -> float:
+def _mean(values: tuple[float, ...]) -> float:
     """Over the values that are defined; NaN if none is."""
     defined = [v for v in values if not math.isnan(v)]
     return sum(defined) / len(defined) if defined else math.nan
