@@ -70,7 +70,7 @@ _FINISH = Pause(PRODUCT_LATENCY + 2 * BARRIER)  # two tiles
 # then maxima; scaling, exponentials and sums; what follows them.
 STEPS = {
     "attention_forward": (
-        Compute(issue=0.2), Pause(BARRIER), Begin("logits"), Begin("values"), Wait(("logits",)), _ARRIVE,
+        Compute(issue=0.2), Pause(BARRIER), Begin("logits", shared=True), Begin("values"), Wait(("logits",)), _ARRIVE,
         Compute(issue=0.2), Compute(issue=0.4, exponentials=1), Wait(("values",)), _ARRIVE, Compute(issue=0.2),
     ),
     "attention_backward_dq": (
@@ -93,8 +93,8 @@ STEPS = {
 # Instructions that a warp of a consumer issues for 64 x 64 logits, and those of the group that makes or adds up dQ for as many,
 # by kernel and head dim, from the record of triton 3.6; with 3.8 and 3.9 up to a seventh more or less.
 ISSUED = {
-    ("attention_forward", 64): (264, 0),
-    ("attention_forward", 128): (300, 0),
+    ("attention_forward", 64): (206, 0),
+    ("attention_forward", 128): (226, 0),
     ("attention_forward_whole", 64): (261, 0),
     ("attention_backward_dq", 64): (222, 0),
     ("attention_backward_dq", 128): (254, 0),
@@ -103,11 +103,9 @@ ISSUED = {
     ("attention_backward_fused", 64): (328, 153),
     ("attention_backward_whole", 64): (444, 162),
 }
-# The same steps, forward with queries in shared memory; backward, one for each block of keys that a consumer owns.
+# The same steps; backward, one for each block of keys that a consumer owns.
 STEPS |= {
-    "attention_forward_whole": tuple(
-        replace(action, shared=True) if action == Begin("logits") else action for action in STEPS["attention_forward"]
-    ),
+    "attention_forward_whole": STEPS["attention_forward"],
     "attention_backward_whole": STEPS["attention_backward_fused"],
 }
 # What a warp of a consumer issues for an item beside its steps, most of what short items have: rows found and loaded, masks,
@@ -121,7 +119,7 @@ OUTSIDE = {
     "attention_backward_fused": 440,
     "attention_backward_whole": 780,
 }
-FEW = 0.4  # of a step: a first tile of at most 16 keys, forward
+FIRST = {16: 0.4, 64: 1.2}  # of a step of 64 keys: a first tile of so many, forward, where tiles are longer
 OWN_ROWS = 1000  # clocks in which consumers wait for rows of their own, where there is room for those of one item alone
 # Tensors of q's size that are read or written; 6 where nothing is said.
 TENSORS = {"attention_forward": 4, "attention_forward_whole": 4, "attention_backward_whole": 8}
@@ -279,9 +277,11 @@ def _predict_kernel(kernel: str, plan: Plan, heads: int, head_dim: int, dtype: t
     steps = (whole + -(-(met - whole * config.block) // config.block)).astype(float)
     columns = steps * config.block
     if kernel.startswith("attention_forward"):
-        few = (met > config.block) & ((met - 1) % config.block < config.part)
-        steps -= few * (1 - FEW)
-        columns -= few * (config.block - config.part)
+        left = (met - 1) % config.block + 1
+        for keys, least in ((config.part, 0), (ROWS, config.part)):
+            first = (met > config.block) & (left > least) & (left <= keys) & (keys < config.block)
+            steps -= first * (1 - FIRST[keys] * ROWS / config.block)
+            columns -= first * (config.block - keys)
     blocks = (-(-own // (ROWS * config.consumers))).clip(1, config.own_blocks)  # that a consumer has rows for
     steps, columns = steps * blocks, columns * blocks
     busy = np.full(len(own), config.consumers)

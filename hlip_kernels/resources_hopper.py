@@ -102,14 +102,14 @@ def compilation(
     function = kernel_named(kernel)
     constants = constants_of(config, head_dim) | variant
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    layout = tile_layout(gl, DTYPES[dtype], config.block, head_dim)
+    layout = tile_layout(gl, DTYPES[dtype], config.box, head_dim)
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_desc"):
             element = argument_type("q", DTYPES[dtype]).removeprefix("*")
-            signature[name] = f"tensordesc<{element}[{config.block}, {head_dim}],{layout!r}>"
+            signature[name] = f"tensordesc<{element}[{config.box}, {head_dim}],{layout!r}>"
         else:
             signature[name] = argument_type(name, DTYPES[dtype])
         # As at launch: addresses and strides of real tensors are multiples of 16.

@@ -58,7 +58,7 @@ class EmulatedHopperBackend(hopper.HopperBackend):
         if self.far:
             args, far = _far_away(kernel.arg_names, len(loaded), args)
             shapes = [(t.shape[0], (t.shape[1] - 1) * FAR["head"] + t.shape[2]) for t in loaded]
-        described = [DescriptorArgument(t, shape, (config.block, head_dim)) for t, shape in zip(loaded, shapes, strict=True)]
+        described = [DescriptorArgument(t, shape, (config.box, head_dim)) for t, shape in zip(loaded, shapes, strict=True)]
         programs = min(self.programs or random.Random(self.seed).randint(1, 5), items)
         constants |= hopper.constants_of(config, head_dim)
         ordered = ["dq_sum"] if constants.get("ORDERED") else []

@@ -216,11 +216,23 @@ def test_error_of_the_hopper_backends(kind, head_dim, way, options):
     check(kind, SHORT, 2, "slice" if "summary" in options else "study", 2, head_dim, way=way, capability=(9, 0), **options)
 
 
-@pytest.mark.parametrize("head_dim, way", [(64, "hopper"), (128, "hopper"), (64, "hopper whole")])
+@pytest.mark.parametrize("head_dim, whole, lengths", [
+    (64, False, (142, 143, 200)), (128, False, (142, 143, 200)), (64, True, (70, 78, 79)),
+], ids=str)  # fmt: skip
 @compiled
-def test_a_few_keys_beyond_whole_tiles_on_hopper(head_dim, way):
-    """72 rows, 80 and 81: a first tile of 8 keys and of 16, which are products of 16, and one of 17, which is not."""
-    check("bfloat16", [[[70, 78, 79]]], 2, "slice", 1, head_dim, way=way, capability=(9, 0))
+def test_every_size_of_a_first_tile_on_hopper(head_dim, whole, lengths):
+    """Forward, with 2 prefix rows. Beyond 128 keys: 16 more, which are a product of 16, 17, of 64, and 74, of which 64 come by
+    TMA and 10 by address. Where segments are held whole, beyond 64: 8 and 16, products of 16, and 17, of 64."""
+    from ptx.triton_driver import on_card
+
+    layout, qkv, _ = drawn("bfloat16", [[list(lengths)]], 2, head_dim=head_dim)
+    with on_card((9, 0), whole=whole) as card, torch.no_grad():
+        out, lse = attention(*qkv.unbind(1), layout, "slice", backend="hopper", return_lse=True)
+    assert card.launched[0].threads == 128 * (5 if whole else 4 if head_dim == 64 else 3)
+    mask = naive_mask([[list(lengths)]], 2, layout.num_rows, "slice")
+    truth, true_lse = naive_attention(*qkv.double().unbind(1), mask)
+    assert relative(out, truth) <= 2 * relative(sdpa_by_segment(*qkv.unbind(1), mask), truth)
+    assert relative(lse, true_lse) <= 1e-6
 
 
 @pytest.mark.parametrize("backend, head_dim", [("hopper", 64), ("triton", 64), ("triton", 80)])

@@ -128,6 +128,15 @@ def test_forward_at_the_edges(name, whole):
     assert list(check_forward(case, whole).written) == ["attention_forward_whole" if short else "attention_forward"]
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("rest", [1, 15, 16, 17, 48, 63, 64, 65, 80, 127])
+def test_every_size_of_a_first_tile_forward(rest, head_dim):
+    """Beyond 128 keys: products of 16, 64 and 128; patch rows by TMA where 64 of them are left, prefix rows by address."""
+    case = Case([[[128 + rest]], [[256 + rest - min(rest, 2)]]], min(rest, 2), "slice", head_dim=head_dim, heads=1)
+    assert forward_kernel(case.plan, head_dim) == "attention_forward"
+    check_forward(case, True, seed=rest)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", [name for name in EDGES if not EDGES[name].options])
 def test_backward_at_the_edges(name, way):

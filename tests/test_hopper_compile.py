@@ -30,14 +30,15 @@ def check(row):
     # backward, eight tiles of keys and of values.
     config = KERNELS[row.kernel][row.head_dim]
     own = {"attention_forward": 1, "attention_forward_whole": 1, "attention_backward_dq": 3, "attention_backward_whole": 8}
-    loads = config.consumers * own.get(row.kernel, 2) + 2
+    boxes = config.block // config.box  # of a tile of the ring; all but the last of one that is not full may come by TMA too
+    loads = config.consumers * own.get(row.kernel, 2) + 2 * boxes + 2 * (boxes - 1)
     assert row.products > 0 and row.tma_loads == loads, row
     assert 0 < row.shared_memory <= SHARED_MEMORY, row
     # Of whole segments, one access a step in each consumer, and up to eight in the loop of the group that makes dQ, which has
-    # time; one in the reducer's. The rest of those 128 bytes is moved once an item.
+    # time; one in the reducer's. The rest of those 160 bytes is moved once an item.
     spills = 2 if row.kernel in WHOLE else 0
     reducer = 8 if row.kernel in WHOLE else 1 if row.kernel in FUSED else 0
-    assert row.loop_spills <= spills and row.reducer_spills <= reducer and row.spill_bytes <= 128, row
+    assert row.loop_spills <= spills and row.reducer_spills <= reducer and row.spill_bytes <= 160, row
     assert not row.serialized and not row.unsynchronised, row
     # In the loop of every consumer all exponentials of a tile: a thread has 32 of each 64 x 64.
     assert row.exponentials >= config.rows // 64 * config.block // 2 and row.overlapped == row.exponentials, row

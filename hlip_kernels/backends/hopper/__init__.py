@@ -180,13 +180,13 @@ class HopperBackend(Backend):
         """Runs kernel ``name`` with a program for each multiprocessor, or for each item if there are fewer.
 
         Args:
-            loaded: ``(R, H, D)`` tensors whose tiles of ``config.block`` rows come by TMA.
+            loaded: ``(R, H, D)`` tensors that come by TMA, ``config.box`` rows at a time.
             args: the kernel's other arguments, up to its constants. constants: those that are not in the config.
         """
         device = loaded[0].device
         with on(device):
             kernel_named(name)[(min(items, _multiprocessors(device)),)](
-                *(_descriptor(t, config.block) for t in loaded),
+                *(_descriptor(t, config.box) for t in loaded),
                 *args,
                 **constants,
                 **constants_of(config, loaded[0].shape[-1]),

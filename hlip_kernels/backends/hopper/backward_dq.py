@@ -48,7 +48,7 @@ def _step(
         await_use(full_k, used + 1, STAGES)
     dp_MN = warpgroup_mma_wait(0, deps=(dp_MN,))
     complete_use(empty_v, used, STAGES)
-    ds_MN = as_operand(p_MN * (dp_MN - delta_M[:, None]), dq_MD, k_smem.dtype)
+    ds_MN = as_operand(p_MN * (dp_MN - delta_M[:, None]), k_smem)
     dq_MD = warpgroup_mma(ds_MN, k_smem.index(used % STAGES), dq_MD, is_async=True)
     dq_MD = warpgroup_mma_wait(0, deps=(dq_MD,))
     complete_use(empty_k, used, STAGES)

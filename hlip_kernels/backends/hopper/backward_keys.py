@@ -61,7 +61,7 @@ def add_query_tile(
     if DS_STAGES > 0:
         # Keys past the end are zeros and so are their logits, but exp2 of -lse may be Inf, and Inf times the zeros of K is NaN.
         p_NM = gl.where(ok_N[:, None], p_NM, 0.0)
-    p_operand = as_operand(p_NM, dv_ND, q_smem.dtype)
+    p_operand = as_operand(p_NM, do_smem)
     dv_ND = warpgroup_mma(p_operand, do_smem.index(used % STAGES), dv_ND, is_async=True)
     dp_NM = warpgroup_mma_wait(1, deps=(dp_NM,))
     delta_M = delta_smem.index(used % STAGES).load(row_layout)
@@ -73,7 +73,7 @@ def add_query_tile(
         if LAST:
             fence_async_shared()
             complete_use(full_ds, used, DS_STAGES)
-    ds_operand = as_operand(ds_NM, dk_ND, q_smem.dtype)
+    ds_operand = as_operand(ds_NM, q_smem)
     dk_ND = warpgroup_mma(ds_operand, q_smem.index(used % STAGES), dk_ND, is_async=True)
     dk_ND, dv_ND = warpgroup_mma_wait(0, deps=(dk_ND, dv_ND))
     if LAST:

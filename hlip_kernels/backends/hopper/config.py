@@ -47,6 +47,11 @@ class Config:
         return ROWS * self.consumers * self.own_blocks
 
     @property
+    def box(self) -> int:
+        """Rows that TMA brings at a time, of the ring as of what a program owns."""
+        return min(self.block, ROWS)
+
+    @property
     def max_registers(self) -> int:
         """Registers a thread starts with: an equal share."""
         groups = self.consumers + 1 + (self.reducer_registers > 0)
@@ -54,15 +59,16 @@ class Config:
 
 
 # Three consumers share each tile of keys and values: 192 rows a tile keep what a multiprocessor asks of L2 at 21 bytes a
-# clock if products bind. Tiles of 64 rows leave room for the logits of one tile and the probabilities of the one before.
+# clock if products bind. With 128 keys a tile, what a step issues beside its arithmetic is shared by twice as many logits as
+# with 64. For that, queries are multiplied from shared memory: registers hold logits, and the probabilities before them.
 FORWARD = {
     64: Config(
-        consumers=3, block=64, stages=4, part=16, consumer_registers=160, producer_registers=32,
-        own_stages=2, own_in_registers=True,
+        consumers=3, block=128, stages=4, part=16, consumer_registers=160, producer_registers=32,
+        own_stages=2, own_in_registers=False,
     ),
     128: Config(
-        consumers=2, block=64, stages=3, part=16, consumer_registers=224, producer_registers=56,
-        own_stages=2, own_in_registers=True,
+        consumers=2, block=128, stages=2, part=16, consumer_registers=224, producer_registers=56,
+        own_stages=2, own_in_registers=False,
     ),
 }  # fmt: skip
 BACKWARD_DQ = {

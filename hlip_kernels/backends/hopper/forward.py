@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from .own import make_own, make_own_bars, produce
 from .ring import (
     ROWS,
-    are_few,
     as_operand,
     await_use,
     begin_product,
@@ -28,6 +27,7 @@ from .ring import (
     make_rings,
     pass_by,
     row_of,
+    rows_of_first,
     store_rows,
 )
 
@@ -39,8 +39,8 @@ LOWEST = gl.constexpr(-3.4028234e38)  # a maximum so far: finite, since a whole 
 def _softmax(logits_MN, top_M, sum_MP, scale_log2):
     """Online softmax of one tile: probabilities, the new maximum and sums, and what older sums shrink by.
 
-    A row has 8 sums, each of every eighth column (``P``): so a thread adds what it holds itself, and nobody else's before the
-    last tile.
+    A row has 4 sums, one for each thread that holds some of it (``P``): so a thread adds what it holds itself, and nobody
+    else's before the last tile.
     """
     # The scaled maximum goes from tile to tile. Were it scaled anew, in one instruction with the difference, an unchanged one
     # would shrink by its rounding at every tile.
@@ -60,14 +60,31 @@ def _mask(logits_MN, left):
 
 @gluon.jit
 def _sum_by_thread(x_MN):
-    """Sums over every eighth column: each thread's own, two of a row, as the layout of a product has it."""
-    return gl.sum(x_MN.reshape([x_MN.shape[0], x_MN.shape[1] // 8, 8]), 1)
+    """Four sums of a row, each of two in every eight columns: a thread's own, as the layout of a product has it."""
+    return gl.sum(gl.sum(x_MN.reshape([x_MN.shape[0], x_MN.shape[1] // 8, 4, 2]), 1), 2)
+
+
+@gluon.jit
+def _softmax_packed(logits_MN, top_M, sum_MP, scale_log2, v_smem):
+    """:func:`_softmax`, the probabilities packed at once where there are many: they wait in half of the registers.
+
+    Not where there are few: ptxas 12.9 takes the halves of a register that waits apart, and puts them together again.
+    """
+    p_MN, top_M, sum_MP, shrink_M = _softmax(logits_MN, top_M, sum_MP, scale_log2)
+    if logits_MN.shape[1] > ROWS:
+        return as_operand(p_MN, v_smem), top_M, sum_MP, shrink_M
+    else:
+        return p_MN, top_M, sum_MP, shrink_M
 
 
 @gluon.jit
 def _add_values(acc_MD, p_MN, v_smem, used, STAGES: gl.constexpr):
     """Begins adding the values of tile ``used``, which must be there, by their probabilities."""
-    return warpgroup_mma(as_operand(p_MN, acc_MD, v_smem.dtype), v_smem.index(used % STAGES), acc_MD, is_async=True)
+    v = v_smem.index(used % STAGES)
+    if v.shape[0] > ROWS:
+        return warpgroup_mma(p_MN, v, acc_MD, is_async=True)
+    else:
+        return warpgroup_mma(as_operand(p_MN, v_smem), v, acc_MD, is_async=True)
 
 
 @gluon.jit
@@ -86,7 +103,7 @@ def _step(acc_MD, p_MN, top_M, sum_MP, q, rings, used, scale_log2, STAGES: gl.co
     acc_MD = _add_values(acc_MD, p_MN, v_smem, used, STAGES)
     logits_MN = warpgroup_mma_wait(1, deps=(logits_MN,))
     complete_use(empty_k, used + 1, STAGES)
-    p_MN, top_M, sum_MP, shrink_M = _softmax(logits_MN, top_M, sum_MP, scale_log2)
+    p_MN, top_M, sum_MP, shrink_M = _softmax_packed(logits_MN, top_M, sum_MP, scale_log2, v_smem)
     await_use(full_v, used + 1, STAGES)
     acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))
     complete_use(empty_v, used, STAGES)
@@ -95,8 +112,11 @@ def _step(acc_MD, p_MN, top_M, sum_MP, q, rings, used, scale_log2, STAGES: gl.co
 
 
 @gluon.jit
-def _attend_few(acc_MD, q, rings, used, left, scale_log2, STAGES: gl.constexpr, FEW: gl.constexpr, IN_REGISTERS: gl.constexpr):
-    """A first tile of at most ``FEW`` keys: the output so far, maximum and sums."""
+def _attend_few(
+    acc_MD, top_M, sum_MP, q, rings, used, left, scale_log2,
+    STAGES: gl.constexpr, FEW: gl.constexpr, IN_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """A first tile of at most ``FEW`` keys: the output so far, maximum and sums, in place of those given."""
     k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEW, 16])
     k, v = k_smem.index(used % STAGES).slice(0, FEW), v_smem.index(used % STAGES).slice(0, FEW)
@@ -107,13 +127,15 @@ def _attend_few(acc_MD, q, rings, used, left, scale_log2, STAGES: gl.constexpr, 
     logits_MN = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     logits_MN = _mask(warpgroup_mma_wait(0, deps=(logits_MN,)), left)
     complete_use(empty_k, used, STAGES)
-    top_M = gl.maximum(gl.max(logits_MN, 1) * scale_log2, LOWEST)
-    p_MN = gl.exp2(logits_MN * scale_log2 - top_M[:, None])
+    few_top_M = gl.maximum(gl.max(logits_MN, 1) * scale_log2, LOWEST)
+    p_MN = gl.exp2(logits_MN * scale_log2 - few_top_M[:, None])
+    top_M = gl.convert_layout(few_top_M, top_M.type.layout)
+    sum_MP = gl.convert_layout(_sum_by_thread(p_MN), sum_MP.type.layout)
     await_use(full_v, used, STAGES)
-    acc_MD = warpgroup_mma(as_operand(p_MN, acc_MD, v.dtype), v, acc_MD, is_async=True)
+    acc_MD = warpgroup_mma(as_operand(p_MN, v_smem), v, acc_MD, is_async=True)
     acc_MD = warpgroup_mma_wait(0, deps=(acc_MD,))
     complete_use(empty_v, used, STAGES)
-    return acc_MD, top_M, _sum_by_thread(p_MN)
+    return acc_MD, top_M, sum_MP
 
 
 @gluon.jit
@@ -121,7 +143,8 @@ def attend(q, rings, used, k_total, scale_log2, STAGES: gl.constexpr, FEW: gl.co
     """64 query rows of one item, in registers or in shared memory, over the ``k_total`` keys that come from use ``used`` on.
 
     The tile that may not be full comes first: so the loop needs no mask, and nothing stands between it and the end. If it has
-    at most ``FEW`` keys, a product of as many does: a slice of 14 x 14 patches and its prefix has three tiles and some keys.
+    at most ``FEW`` keys, a product of as many does (a slice of 14 x 14 patches and its prefix has three tiles of 64 and some
+    keys), and one of 64 if it has no more.
     Returns the output before it is divided by the sum, the scaled maximum and the sum of its rows, and the use after its keys.
     """
     k_smem, v_smem, full_k, full_v, empty_k, empty_v = rings
@@ -136,18 +159,24 @@ def attend(q, rings, used, k_total, scale_log2, STAGES: gl.constexpr, FEW: gl.co
     sum_MP = _sum_by_thread(gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout))
     if last >= 0:
         left = k_total - last * BLOCK_N
-        few = are_few(left, k_total, BLOCK_N, FEW)
+        first = rows_of_first(left, k_total, BLOCK_N, FEW)
+        few = first < BLOCK_N
         if few:
-            acc_MD, few_top_M, few_sum_MP = _attend_few(acc_MD, q, rings, used, left, scale_log2, STAGES, FEW, IN_REGISTERS)
-            top_M = gl.convert_layout(few_top_M, top_M.type.layout)
-            sum_MP = gl.convert_layout(few_sum_MP, sum_MP.type.layout)
+            if (BLOCK_N > ROWS) & (first > FEW):
+                acc_MD, top_M, sum_MP = _attend_few(
+                    acc_MD, top_M, sum_MP, q, rings, used, left, scale_log2, STAGES, ROWS, IN_REGISTERS
+                )
+            else:
+                acc_MD, top_M, sum_MP = _attend_few(
+                    acc_MD, top_M, sum_MP, q, rings, used, left, scale_log2, STAGES, FEW, IN_REGISTERS
+                )
             used += 1
             last -= 1
         left = gl.where(few, BLOCK_N, left)
         await_use(full_k, used, STAGES)
         logits_MN = warpgroup_mma_wait(0, deps=(begin_product(q, k_smem, used, STAGES),))
         complete_use(empty_k, used, STAGES)
-        p_MN, top_M, sum_MP, shrink_M = _softmax(_mask(logits_MN, left), top_M, sum_MP, scale_log2)
+        p_MN, top_M, sum_MP, shrink_M = _softmax_packed(_mask(logits_MN, left), top_M, sum_MP, scale_log2, v_smem)
         if few:
             acc_MD = acc_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, o_layout))[:, None]
         await_use(full_v, used, STAGES)
@@ -228,9 +257,8 @@ def attention_forward(
     the other: dealt out in turn, that leaves no multiprocessor idle for more than 1 part in 35 on the benchmarks' workloads.
     ``scale_log2`` is positive. Queries are multiplied from registers or, where those are short, from shared memory.
     """
-    gl.static_assert(BLOCK_N == ROWS)  # the tiles of all three tensors
     own_q = make_own(q_desc.dtype, ROWS, BLOCK_D, CONSUMERS, OWN_STAGES)
-    bars = make_own_bars(own_q, BLOCK_N, 1, CONSUMERS, CONSUMERS, OWN_STAGES)
+    bars = make_own_bars(own_q, ROWS, 1, CONSUMERS, CONSUMERS, OWN_STAGES)
     owned = (own_q, bars[0], bars[1])
     rings = make_rings(k_desc, v_desc, BLOCK_N, BLOCK_D, STAGES, CONSUMERS, False)
     sources = (k_desc, v_desc, k, v, tiles, records)

@@ -68,9 +68,10 @@ def begin_product(a, b_smem, i, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def as_operand(x, acc, dtype: gl.constexpr):
-    """A result of one product as the left operand of another, whose accumulator is ``acc``."""
-    return gl.convert_layout(x.to(dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+def as_operand(x, b_smem):
+    """A result of one product as the left operand of another, with a tile of the ring ``b_smem``."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, b_smem.shape[2], 16])
+    return gl.convert_layout(x.to(b_smem.dtype), gl.DotOperandLayout(0, layout, 2))
 
 
 @gluon.jit
@@ -89,11 +90,13 @@ def make_rings(
 ):  # fmt: skip
     """Two rings of ``STAGES`` tiles with their barriers: filled by one producer, emptied by all consumers.
 
-    ``STATISTICS``: a tile of the first is full once its rows' statistics are there too (:func:`make_statistics`).
+    A tile comes in boxes, as many rows as a descriptor has, and is full once all have arrived. ``STATISTICS``: a tile of the
+    first ring once its rows' statistics are there too (:func:`make_statistics`).
     """
     a_smem = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BLOCK, BLOCK_D], a_desc.layout)
     b_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK, BLOCK_D], b_desc.layout)
-    full_a, full_b = make_bars(STAGES, 2 if STATISTICS else 1), make_bars(STAGES, 1)
+    BOXES: gl.constexpr = BLOCK // a_desc.block_type.shape[0]
+    full_a, full_b = make_bars(STAGES, BOXES + 1 if STATISTICS else BOXES), make_bars(STAGES, BOXES)
     empty_a, empty_b = make_bars(STAGES, CONSUMERS), make_bars(STAGES, CONSUMERS)
     return a_smem, b_smem, full_a, full_b, empty_a, empty_b
 
@@ -148,12 +151,20 @@ def pass_by(rings, used, total, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def load_box(desc, row, column, tile, box: gl.constexpr, bar):
+    """Begins loading box ``box`` of a tile whose rows are those from ``row`` on; it arrives at ``bar`` itself."""
+    BOX: gl.constexpr = desc.block_type.shape[0]
+    mbarrier.expect(bar, desc.block_type.nbytes)
+    tma_load(desc, [row + box * BOX, column], bar, tile.slice(box * BOX, BOX))
+
+
+@gluon.jit
 def produce_by_tma(desc, row, column, smem, full, empty, i, STAGES: gl.constexpr):
     """Begins loading use ``i``: the tile of consecutive rows at ``row``, columns from ``column`` on."""
     await_round_before(empty, i, STAGES)
     bar, _ = stage_of(full, i, STAGES)
-    mbarrier.expect(bar, desc.block_type.nbytes)
-    tma_load(desc, [row, column], bar, smem.index(i % STAGES))
+    for box in gl.static_range(smem.shape[1] // desc.block_type.shape[0]):
+        load_box(desc, row, column, smem.index(i % STAGES), box, bar)
 
 
 @gluon.jit
@@ -171,29 +182,49 @@ def load_part(base, row_stride, at, record_rows, BLOCK_D: gl.constexpr, PART: gl
 
 
 @gluon.jit
-def are_few(left, total, BLOCK: gl.constexpr, PART: gl.constexpr):
-    """Whether the last ``left`` of a record's ``total`` rows make a tile of ``PART`` rows, not one of ``BLOCK``."""
-    return (left <= PART) & (total > BLOCK)
+def rows_of_first(left, total, BLOCK: gl.constexpr, PART: gl.constexpr):
+    """Rows of the tile for the last ``left`` of a record's ``total`` rows: as few as will do of ``PART``, 64 and ``BLOCK``,
+    which is at least 64. One tile of a record has always ``BLOCK``.
+    """
+    least = gl.where(left <= PART, PART, gl.where(left <= ROWS, ROWS, BLOCK))
+    return gl.where(total > BLOCK, least, BLOCK)
 
 
 @gluon.jit
-def produce_by_address(a, a_row, b, b_row, at, met, rings, i, rows, STAGES: gl.constexpr, PART: gl.constexpr):
-    """Loads use ``i`` of both rings: positions ``at`` and on of a record's rows, and only the first ``rows`` of the tile."""
+def produce_by_address(sources, columns, strides, at, met, rings, i, rows, STAGES: gl.constexpr, PART: gl.constexpr):
+    """Loads use ``i`` of both rings: positions ``at`` and on of a record's rows, and only the first ``rows`` of the tile.
+
+    ``sources``: two descriptors and two tensors, those of one head; ``columns``: where it begins for the descriptors. What is
+    a whole box of patch rows, where a tile has several, comes by TMA.
+    """
+    a_desc, b_desc, a, b = sources
+    a_column, b_column = columns
+    a_row, b_row = strides
     a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
-    BLOCK: gl.constexpr = a_smem.shape[1]
     BLOCK_D: gl.constexpr = a_smem.shape[2]
+    BOX: gl.constexpr = a_desc.block_type.shape[0]
+    BOXES: gl.constexpr = a_smem.shape[1] // BOX
     a_tile, b_tile = a_smem.index(i % STAGES), b_smem.index(i % STAGES)
     await_round_before(empty_a, i, STAGES)
     await_round_before(empty_b, i, STAGES)
-    for part in gl.static_range(BLOCK // PART):
-        if part * PART < rows:
-            a_part = load_part(a, a_row, at + part * PART, met, BLOCK_D, PART)
-            b_part = load_part(b, b_row, at + part * PART, met, BLOCK_D, PART)
-            a_tile.slice(part * PART, PART).store(a_part)
-            b_tile.slice(part * PART, PART).store(b_part)
+    for box in gl.static_range(BOXES - 1):  # with the last box the whole tile would be of patch rows
+        if at + (box + 1) * BOX <= met[1]:
+            load_box(a_desc, met[0] + at, a_column, a_tile, box, full_a.index(i % STAGES))
+            load_box(b_desc, met[0] + at, b_column, b_tile, box, full_b.index(i % STAGES))
+    copied = 0
+    for box in gl.static_range(BOXES):
+        if (box == BOXES - 1) | (at + (box + 1) * BOX > met[1]):
+            for part in gl.static_range(box * BOX // PART, (box + 1) * BOX // PART):
+                if part * PART < rows:
+                    a_part = load_part(a, a_row, at + part * PART, met, BLOCK_D, PART)
+                    b_part = load_part(b, b_row, at + part * PART, met, BLOCK_D, PART)
+                    a_tile.slice(part * PART, PART).store(a_part)
+                    b_tile.slice(part * PART, PART).store(b_part)
+            copied += 1
     fence_async_shared()
-    complete_use(full_a, i, STAGES)
-    complete_use(full_b, i, STAGES)
+    for _ in range(copied):
+        complete_use(full_a, i, STAGES)
+        complete_use(full_b, i, STAGES)
 
 
 @gluon.jit
@@ -227,7 +258,7 @@ def produce_record(
 
     Forward and dQ go over keys and values, dK and dV over queries and the gradient of the output; these bring ``statistics``
     (:func:`make_statistics`), which are empty for the others. Whole tiles of patch rows, then the rest; with ``REST_FIRST``
-    the other way round, the tile that may not be full before all others, and as few rows of it as :func:`are_few` says.
+    the other way round, the tile that may not be full before all others, and as few rows of it as :func:`rows_of_first` says.
     """
     a_desc, b_desc, a, b, _, _ = sources
     a_smem, b_smem, full_a, full_b, empty_a, empty_b = rings
@@ -238,13 +269,15 @@ def produce_record(
     head = number.to(gl.int64)
     a_base, b_base = a + head * a_head, b + head * b_head
     a_column, b_column = number * a_head, number * b_head
+    by_address = (a_desc, b_desc, a_base, b_base)
+    columns, strides = (a_column, b_column), (a_row, b_row)
     if REST_FIRST:
         gl.static_assert(len(statistics) == 0)
         tiles = (total - whole + BLOCK - 1) // BLOCK
         for i in range(tiles):
             at = whole + (tiles - 1 - i) * BLOCK
-            rows = gl.where(are_few(total - at, total, BLOCK, PART), PART, BLOCK)
-            produce_by_address(a_base, a_row, b_base, b_row, at, met, rings, made, rows, STAGES, PART)
+            rows = rows_of_first(total - at, total, BLOCK, PART)
+            produce_by_address(by_address, columns, strides, at, met, rings, made, rows, STAGES, PART)
             made += 1
     if len(statistics) > 0:  # always on their way a tile ahead
         lse_M, delta_M = load_statistics(statistics, head, 0, met, BLOCK)
@@ -257,7 +290,7 @@ def produce_record(
         made += 1
     if not REST_FIRST:
         for at in range(whole, total, BLOCK):
-            produce_by_address(a_base, a_row, b_base, b_row, at, met, rings, made, BLOCK, STAGES, PART)
+            produce_by_address(by_address, columns, strides, at, met, rings, made, BLOCK, STAGES, PART)
             if len(statistics) > 0:
                 produce_statistics(statistics, lse_M, delta_M, full_a, made, STAGES)
                 lse_M, delta_M = load_statistics(statistics, head, at + BLOCK, met, BLOCK)
