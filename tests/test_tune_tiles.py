@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import tune_tiles as tool  # noqa: E402
+import tuning  # noqa: E402
 
 from hlip_kernels.backends.triton.config import Config  # noqa: E402
 
@@ -73,7 +74,7 @@ def test_a_candidate_that_fails_falls_away(monkeypatch):
         return launch(kernel, config, *rest, **more)
 
     monkeypatch.setattr(tool.backend, "_launch", fails)
-    runs = tool.compile_all([case()], time.monotonic() + 60, 1)[case()]
+    runs = tuning.compile_all([case()], time.monotonic() + 60, 1)[case()]
     shipped = case().shipped()
     assert runs and all(config.block_n != 128 for config in runs)
     assert shipped in runs and len(runs) < len(tool.neighbours(shipped))
@@ -81,14 +82,14 @@ def test_a_candidate_that_fails_falls_away(monkeypatch):
 
 def test_no_time_left(capsys):
     many = len(tool.neighbours(case().shipped()))
-    assert tool.compile_all([case()], time.monotonic() - 1, 1) == {case(): []}
+    assert tuning.compile_all([case()], time.monotonic() - 1, 1) == {case(): []}
     assert f"no time for {many} of {many} candidates" in capsys.readouterr().err
-    assert tool.time_all(case(), [case().shipped()], time.monotonic() - 1, 1) == []
+    assert tuning.time_all(case(), [case().shipped()], time.monotonic() - 1, 1) == []
 
 
 def test_candidates_are_tried_in_other_processes():
     cases = [case("attention_backward_dq"), case("attention_backward_dkdv")]
-    found = tool.compile_all(cases, time.monotonic() + 60, 2)
+    found = tuning.compile_all(cases, time.monotonic() + 60, 2)
     assert {c: set(runs) for c, runs in found.items()} == {c: set(tool.neighbours(c.shipped())) for c in cases}
 
 

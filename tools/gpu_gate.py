@@ -2,9 +2,9 @@
 
     python tools/gpu_gate.py --out FOLDER
 
-Runs in a Python that already has torch >= 2.11 and needs no network. Every step has a time limit; a
-failing step does not stop the others. FOLDER gets six files, each as soon as there is something for it: summary.txt, log.txt,
-rows.csv (every benchmark), auto.json, tiles.csv, and at the end roofline.svg. ``make stress`` is the long stress run.
+Runs in a Python that already has torch >= 2.11 and needs no network. Every step has a time limit; a failing step does not
+stop the others. FOLDER gets seven files, each as soon as there is something for it: summary.txt, log.txt, rows.csv (every
+benchmark), auto.json, hopper.csv (on Hopper), tiles.csv, and at the end roofline.svg. ``make stress`` is the long stress run.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def several_processes() -> list[str]:
     return ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2))), "--dist", "worksteal"]
 
 
-def steps(out: Path) -> list[tuple[str, list[str], int]]:
-    """(name, command, seconds it may take)."""
+def steps(out: Path, hopper: bool = True) -> list[tuple[str, list[str], int]]:
+    """(name, command, seconds it may take). ``hopper``: whether the GPU is one."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     apart = ("test_gpu_limits.py", "test_gpu_hopper.py")
@@ -51,6 +51,10 @@ def steps(out: Path) -> list[tuple[str, list[str], int]]:
         rows = ["--rows", str(out / "rows.csv"), "--seconds", str(seconds)]
         return [*pytest, f"benchmarks/{file}", "--benchmark-quiet", *rows], seconds + 30
 
+    sizes = [
+        # The Hopper kernels with 64 and 128 keys a tile, two consumers and three, other rings.
+        ("sizes", [PYTHON, "tools/tune_hopper.py", "--minutes", "1.3", "--out", str(out / "hopper.csv")], 95),
+    ]  # fmt: skip
     return [
         ("build", [PYTHON, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--editable", "."], 120),
         ("info", [PYTHON, "-m", "hlip_kernels.info"], 30),
@@ -71,6 +75,7 @@ def steps(out: Path) -> list[tuple[str, list[str], int]]:
         ("stress", [PYTHON, "tools/stress.py", "--minutes", "0.6", "--device", "cuda"], 50),
         ("limits", [*pytest, "tests/test_gpu_limits.py"], 90),
         ("benchmarks-model", *benchmark("test_model.py", 120)),
+        *(sizes if hopper else []),
         # Are the shipped tiles the fastest? Their neighbours, timed beside them.
         ("tiles", [PYTHON, "tools/tune_tiles.py", "--minutes", "1", "--out", str(out / "tiles.csv")], 75),
     ]
@@ -91,7 +96,8 @@ def main() -> int:
         return 2
     environment = {**os.environ, "HLIP_BUILD_CUDA": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    results = run_steps(steps(out), out, environment, args.only, time.monotonic() + args.minutes * 60)
+    wanted = steps(out, torch.cuda.get_device_capability() == (9, 0))
+    results = run_steps(wanted, out, environment, args.only, time.monotonic() + args.minutes * 60)
     if (out / "rows.csv").exists():
         draw = ["-m", "benchmarks.roofline", str(out / "rows.csv"), "--out", str(out / "roofline.svg")]
         for command in (["-m", "benchmarks.report", str(out / "rows.csv")], draw):
