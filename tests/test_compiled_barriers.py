@@ -69,8 +69,8 @@ def survivors(name, trials):
         wrong = text[: place.start()] + text[place.end() :]
         made.replaced = {name: parse(wrong)[name]}
         try:
-            for trial in trials:
-                for seed in (0, 5, 9):
+            for seed in (0, 5):
+                for trial in trials:
                     trial(seed)
             found.append(number)
         except (AssertionError, PtxError):
