@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import scans, tiny_model
 pytest.importorskip("open_clip")
 pytest.importorskip("accelerate")
 
+from hlip.evaluate import Benchmark
 from hlip.losses import ContrastiveLoss
 from hlip.model import StudyBatch
 from hlip.train import best, load_config, train
@@ -361,6 +363,17 @@ def test_a_run_with_validation_gives_metrics_and_loads(folder, tmp_path):
         load_run(tmp_path / "run")
 
 
+def test_what_evaluations_can_be_compared():
+    def fingerprint(labels=None, prompts=("a mass",), order=1):
+        names = ["s1", "s2", "s3"][::order]
+        of = SimpleNamespace(names=names)
+        benchmark = Benchmark("mine", "multilabel", {"mass": tuple(prompts)})
+        return Validation(of, benchmark, {"s1": [1.0], "s2": [0.0], "elsewhere": [1.0], **(labels or {})}).fingerprint
+
+    assert fingerprint() == fingerprint(order=-1) == fingerprint({"elsewhere": [0.0]})
+    assert len({fingerprint(), fingerprint({"s2": [1.0]}), fingerprint({"s3": [1.0]}), fingerprint(prompts=["mass"])}) == 4
+
+
 def test_the_best_weights_stay(folder, tmp_path, monkeypatch, caplog):
     (tmp_path / "labels.csv").write_text("study,mass\n" + "".join(f"s{i},{i % 2}\n" for i in range(6)))
     (tmp_path / "p.yaml").write_text("classes: [mass]\n")
@@ -386,6 +399,14 @@ def test_the_best_weights_stay(folder, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         patch.setattr(best, "write_tensors", full_disk)
         assert not best.keep_best(tmp_path / "run", seen[0], 0.5, 1) and "could not be written" in caplog.text
+    assert best.keep_best(tmp_path / "run", seen[0], 0.9, 1, "these")
+    assert not best.keep_best(tmp_path / "run", seen[1], 0.8, 2, "these")
+    assert best.keep_best(tmp_path / "run", seen[1], 0.6, 3, "others") and best_so_far(tmp_path / "run") == 0.6
+    assert "kept as best-step-1.safetensors" in caplog.text
+    for name, expected in (("best-step-1.safetensors", seen[0]), ("best.safetensors", seen[1])):
+        loaded = open_model(tmp_path / "run" / name).model.state_dict()
+        assert all(torch.equal(loaded[key], expected[key]) for key in expected), name
+    assert not best.keep_best(tmp_path / "run", seen[2], float("nan"), 4, "third") and best_so_far(tmp_path / "run") == 0.6
     with pytest.raises(FileNotFoundError, match="absent.safetensors is missing"):
         open_model(tmp_path / "run" / "absent.safetensors")
 

@@ -309,7 +309,7 @@ class Trainer:
     def _validate(self, bar) -> Metrics:
         model = self.accelerator.unwrap_model(self.model)
         metrics = self.validation.run(model, self.tokenizer, self.accelerator.device)
-        best = keep_best(self.folder, model.state_dict(), metrics.macro_auc, self.step)
+        best = keep_best(self.folder, model.state_dict(), metrics.macro_auc, self.step, self.validation.fingerprint)
         self._say(
             bar, f"step {self.step}: zero-shot macro AUC {metrics.macro_auc:.3f} on {metrics.num_studies} studies"
             + ", the best so far" * best,

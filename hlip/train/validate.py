@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,13 @@ class Validation:
     def labelled(self) -> list[int]:
         """Indices of the examples that have labels."""
         return [i for i, name in enumerate(self.dataset.names) if name in self.labels]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the studies with labels, their labels and the prompts: results of others cannot be compared with these."""
+        studies = [(name, self.labels[name]) for name in sorted(self.dataset.names[i] for i in self.labelled)]
+        told = (self.benchmark.kind, self.benchmark.prompts, self.benchmark.against, studies)
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def run(self, model: HLIP, tokenizer: Tokenizer, device: torch.device | str) -> Metrics:
         """Metrics of :meth:`score`."""
