@@ -82,6 +82,37 @@ def test_what_an_interrupted_call_has_made_is_not_lost(run, place, interrupted, 
     assert stored()[0] == ["studies/a", "studies/s1"] and "2 studies, 1 of them before" in capsys.readouterr().out
 
 
+def test_a_finished_file_is_gone_on_with(run, place, interrupted, capsys):
+    """As by the next of a chain of jobs: nothing is embedded again, and new studies are added."""
+    interrupted(0, None)
+    whole = stored()
+    assert interrupted(0, None, "--resume") == (0, [])
+    assert "4 of 4 studies, 4 of them before" in capsys.readouterr().out and np.array_equal(stored()[1], whole[1])
+    shutil.copytree(place / "studies" / "s0", place / "studies" / "a")
+    assert interrupted(0, None, "--resume") == (0, ["studies/a"])
+    names, features = stored()
+    assert (
+        names == ["studies/a", *STUDIES] and np.array_equal(features[1:], whole[1]) and np.array_equal(features[0], features[1])
+    )
+    # A call that ends before it is done loses nothing.
+    broken = place / "studies" / "c"
+    broken.mkdir()
+    (broken / "scan.nii.gz").write_bytes(b"broken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FolderStudies, "__getitem__", lambda *_: control_c())
+        assert main(["embed", "studies", "--run", run, "--out", "f.npz", "--workers", "0", "--resume"]) == 130
+    assert f"5 of 6 studies are kept in {place / 'f.npz'}; --resume" in capsys.readouterr().err
+    shutil.rmtree(broken)
+    shutil.copytree(place / "studies" / "s0", place / "studies" / "b")
+    assert interrupted(1, control_c, "--resume") == (130, ["studies/b"])
+    assert stored()[0] == names and stored("f.npz.partial")[0] == [*names, "studies/b"]
+    assert interrupted(0, None, "--resume") == (0, []) and not (place / "f.npz.partial").exists()
+    assert main(["embed", "studies/s1", "--run", run, "--out", "f.npz", "--resume"]) == 1
+    assert "f.npz is finished, and has 5 studies that are not asked for, e.g. 'studies/a'" in capsys.readouterr().err
+    assert main(["embed", "studies", "--run", run, "--out", "f.npz", "--preset", "mri", "--resume"]) == 1
+    assert "f.npz was made with other weights" in capsys.readouterr().err and len(stored()[0]) == 6
+
+
 def test_a_failure_on_the_way_keeps_what_there_is(run, interrupted, capsys, monkeypatch):
     def fails():
         raise ValueError("out of memory")

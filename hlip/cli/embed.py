@@ -64,7 +64,7 @@ def _embed_rest(run: Run, studies: FolderStudies, vectors: Vectors, device: str,
         except BaseException as error:
             if not vectors.keep():
                 raise
-            kept = f"{len(vectors.names)} of {len(studies)} studies are kept in {vectors.partial}; --resume goes on from there"
+            kept = f"{len(vectors.names)} of {len(studies)} studies are kept in {vectors.kept_in}; --resume goes on from there"
             if isinstance(error, KeyboardInterrupt):
                 number = error.status - 128 if isinstance(error, Stopped) else signal.SIGINT
                 raise Stopped(f"stopped by {signal.Signals(number).name}: {kept}", number) from None

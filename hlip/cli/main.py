@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", default="features.npz", help="file to write: arrays 'studies' and 'features' (default: %(default)s)"
     )
     p.add_argument("--prompts", help="also score the studies: a benchmark's name or a YAML file")
-    p.add_argument("--resume", action="store_true", help="go on where an interrupted call for the same file stopped")
+    p.add_argument("--resume", action="store_true", help="go on where an earlier call for the same file ended")
     _links(p)
     _prepared(p)
     _workers(p)

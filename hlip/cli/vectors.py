@@ -37,12 +37,14 @@ class Vectors:
         out: the file. model: see :func:`fingerprint`. options: how scans are prepared.
 
     Attributes:
-        names: of the studies so far. partial: the file they are kept in until all are there.
+        names: of the studies so far. partial: the file they are kept in until all are there. kept_in: where those are that
+            have been saved: that file, or the finished one of an earlier call.
     """
 
     def __init__(self, out: Path, model: str, options: Mapping):
         self.out, self.model, self.options = out, model, repr(sorted(options.items()))
         self.partial = out.with_name(f"{out.name}.partial")
+        self.kept_in = self.partial
         self.names: list[str] = []
         self._features: list[Tensor] = []
         self._kept, self._saved = 0, time.monotonic()
@@ -56,40 +58,47 @@ class Vectors:
         return 0
 
     def resume(self, wanted: Sequence[str]) -> int:
-        """Takes what an interrupted call has left, of the studies that are wanted; returns how many those are.
+        """Takes what an interrupted call has left, or the finished file, of the studies that are wanted; how many those are.
 
         Raises:
-            ValueError: it cannot be read, was made with another model or in another way, or has none of the studies.
+            ValueError: it cannot be read, was made with another model or in another way, or has none of the studies; or the
+                finished file has others too, which would be lost.
         """
-        if not self.partial.exists():
+        file = self.partial if self.partial.exists() else self.out
+        if not file.exists():
             log.warning("no %s to go on from: starting anew", self.partial)
             return 0
         try:
-            names, features, made_with = _read(self.partial, "model", "options")
+            names, features, made_with = _read(file, "model", "options")
         except ValueError as error:
             raise ValueError(f"{error}; remove it and start without --resume") from error
         if made_with != [self.model, self.options]:
             raise ValueError(
-                f"{self.partial} was made with other weights, another --model, or of scans prepared in another way: go on with "
+                f"{file} was made with other weights, another --model, or of scans prepared in another way: go on with "
                 "--run and options as they were, or remove it and start without --resume"
             )
         among = set(wanted)
         left_out = [name for name in names if name not in among]
         if left_out and len(left_out) == len(names):
             raise ValueError(
-                f"{self.partial} has other studies than those asked for, {names[0]!r} and not {wanted[0]!r}: name them as "
+                f"{file} has other studies than those asked for, {names[0]!r} and not {wanted[0]!r}: name them as "
                 "before, from the same folder, or remove it and start without --resume"
+            )
+        if left_out and file == self.out:
+            raise ValueError(
+                f"{file} is finished, and has {len(left_out)} studies that are not asked for, e.g. {left_out[0]!r}: name them "
+                "too, or another --out"
             )
         if left_out:
             log.warning(
                 "%d of %d studies in %s are not among those asked for, and are left out, e.g. %s",
-                len(left_out), len(names), self.partial, left_out[0],
+                len(left_out), len(names), file, left_out[0],
             )  # fmt: skip
         for name, feature in zip(names, features, strict=True):
             if name in among:
                 self.names.append(name)
                 self._features.append(feature[None])
-        self._kept = len(self.names)
+        self._kept, self.kept_in = len(self.names), file
         return self._kept
 
     def add(self, names: Sequence[str], features: Tensor) -> None:
@@ -104,11 +113,11 @@ class Vectors:
         self._saved = time.monotonic()  # also where it fails: not tried again with each study
         if len(self.names) > self._kept:
             try:
-                write_atomically(self.partial, lambda path: self._write(path, options=np.array(self.options)))
+                write_atomically(self.partial, self._write)
             except OSError as error:
                 log.warning("%s: what is there so far could not be saved (%s)", self.partial, reason(error))
                 return False
-            self._kept = len(self.names)
+            self._kept, self.kept_in = len(self.names), self.partial
         return self._kept > 0
 
     def finish(self, order: Sequence[str]) -> tuple[list[str], Tensor]:
@@ -131,10 +140,10 @@ class Vectors:
             remove_partial(file)
         return self.names, features
 
-    def _write(self, path: str, **more: np.ndarray) -> None:
+    def _write(self, path: str) -> None:
         with open(path, "wb") as file:  # by name, numpy would add .npz
             arrays = {"studies": np.array(self.names), "features": torch.cat(self._features).numpy()}
-            np.savez(file, **arrays, model=np.array(self.model), **more)
+            np.savez(file, **arrays, model=np.array(self.model), options=np.array(self.options))
 
 
 def read_vectors(path: Path, model: str) -> tuple[list[str], Tensor]:
