@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from .tables import REPORT, study_name
@@ -18,12 +18,16 @@ def study_places(
     """Where each study is, by name, sorted.
 
     A study is a sub-folder of ``folder``; or what a table names: a folder or a file at that path below ``folder``
-    ("patient/visit", as of BIDS sessions). A sub-folder that is only on the way to such studies is none itself.
+    ("patient/visit", as of BIDS sessions), or the one volume file of that name wherever below ``folder`` it lies, as the
+    tables of CT-RATE name theirs. A sub-folder that is only on the way to such studies is none itself.
 
     Args:
         named: in tables; what is not there is passed over, and so is what is not below the folder.
         follow_links: also take links that lead out of the folder, which otherwise are told of.
         with_reports: also take deeper folders that hold a report, where their sub-folder holds none.
+
+    Raises:
+        ValueError: several files have a name in a table.
     """
     from ..data.find import NOT_FOLLOWED
     from ..data.study import count
@@ -42,17 +46,21 @@ def study_places(
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
             take(study_name(entry.name), entry, found)
+    unknown = set()
     for name in sorted(named - set(found)):
         place = _below(folder, name)
         if place is not None:
             take(name, place, deeper)
+        else:
+            unknown.add(name)
+    deeper |= _files_named(folder, unknown, deeper, follow_links, links)
     if with_reports:
         for top in found.values():
             if not (top / REPORT).is_file():
                 deeper |= {study_name(p.relative_to(folder).as_posix()): p for p in _with_report(top, follow_links, links)}
     if links:
         log.warning("%s: passed over %s to elsewhere, %s", folder, count(len(links), "link"), NOT_FOLLOWED)
-    on_the_way = {PurePosixPath(name).parts[0] for name in deeper}
+    on_the_way = {study_name(place.relative_to(folder).parts[0]) for place in deeper.values()}
     kept = {name: place for name, place in found.items() if name in named or name not in on_the_way}
     return dict(sorted({**kept, **deeper}.items()))
 
@@ -73,6 +81,36 @@ def _below(folder: Path, name: str) -> Path | None:
         if place is None:
             return None
     return place
+
+
+def _files_named(
+    folder: Path, names: Iterable[str], taken: Mapping[str, Path], follow_links: bool, links: set[Path]
+) -> dict[str, Path]:
+    """Where below the folder the volume files of these names are; adds to ``links`` those that are not followed.
+
+    Raises:
+        ValueError: there are several of one name, or one that is also ``taken``, by another name.
+    """
+    from ..data.find import NOT_FOLLOWED, is_volume, list_files
+
+    wanted = {name for name in names if is_volume(Path(name)) and "/" not in name}
+    found: dict[str, Path] = {}
+    if not wanted:
+        return found
+    files, skipped = list_files(folder, follow_links)
+    passed = (s.path for s in skipped if s.reason.endswith(NOT_FOLLOWED))
+    links |= {path for path in passed if path.is_dir() or study_name(path.name) in wanted}
+    others = {place: name for name, place in taken.items()}
+    for file in files:
+        name = study_name(file.name)
+        if name not in wanted:
+            continue
+        if name in found:
+            raise ValueError(f"{name!r} in a table could be {found[name]} or {file}: name its path below {folder}")
+        if file in others:
+            raise ValueError(f"{others[file]!r} and {name!r} in tables are the same file, {file}; keep one name")
+        found[name] = file
+    return found
 
 
 def _alike(folder: Path, name: str) -> Path | None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from ..csv_file import csv_rows
 from ..text_file import read_text
 from .sentences import split_sentences
 
 REPORT = "report.txt"  # beside a study's images
+# Other names of columns, for which the tables of CT-RATE need not be written anew; several are joined.
+_CT_RATE = {"study": ("VolumeName",), "report": ("Findings_EN", "Impressions_EN")}
 
 
 def read_reports(path: str | Path) -> dict[str, list[str]]:
     """Sentences by study from a CSV with columns ``study`` and ``report``; several rows of one study are joined.
+
+    Likewise ``VolumeName`` with ``Findings_EN`` and ``Impressions_EN``, one or both, as CT-RATE has them.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not text, a column is missing, or a row that does not fit the header.
@@ -30,7 +33,7 @@ def read_reports(path: str | Path) -> dict[str, list[str]]:
 def read_labels(path: str | Path, classes: Sequence[str]) -> dict[str, list[float]]:
     """Labels by study, 0, 1 or NaN, from a CSV with a column ``study`` and one of 0, 1 or nothing for each class.
 
-    Several rows of one study complete each other.
+    Several rows of one study complete each other. The column ``study`` may be called ``VolumeName``.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not text, a missing column, a value that is not 0 or 1, a row that does
@@ -74,38 +77,29 @@ def report_file(folder: Path) -> list[str]:
 
 def _rows(path: str | Path, what: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """``(line number, stripped cells by column)`` for every row of a CSV that is not empty."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such {what} file")
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        header = [cell.strip() for cell in next(reader, [])]
-        for problem, wrong in (
-            ("lacks", [c for c in columns if c not in header]),
-            ("has twice", [c for c in columns if header.count(c) > 1]),
-        ):
-            if wrong:
-                names = "'study' and 'report'" if what == "reports" else "'study' and one for each class"
-                raise ValueError(
-                    f"{path}: {problem} the column(s) {', '.join(wrong)}; expected columns {names}, "
-                    f"found {', '.join(header) or 'none'}"
-                )
-        at = {column: header.index(column) for column in columns}
-        for row in reader:
-            row = [cell.strip() for cell in row]
-            if not any(row):
-                continue
-            if any(row[len(header) :]):
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: {len(row)} fields, but the header has {len(header)}; "
-                    'text with commas goes into quotation marks: "..."'
-                )
-            cells = {column: row[i] if i < len(row) else "" for column, i in at.items()}
-            if not cells["study"]:
-                raise ValueError(f"{path}, line {reader.line_num}: no study is named (column 'study')")
-            yield reader.line_num, {**cells, "study": study_name(cells["study"])}
-    except csv.Error as error:
-        where = f"{path}, line {reader.line_num}"
-        raise ValueError(
-            f"{where}: not readable as CSV ({error}): is a quotation mark not closed, or not doubled inside a text?"
-        ) from error
+    rows = csv_rows(path, what)
+    _, header = next(rows)
+    called = {column: _called(column, header) for column in columns}
+    wanted = [name for names in called.values() for name in names]
+    for problem, wrong in (
+        ("lacks", [c for c in wanted if c not in header]),
+        ("has twice", [c for c in wanted if header.count(c) > 1]),
+    ):
+        if wrong:
+            names = "'study' and 'report'" if what == "reports" else "'study' and one for each class"
+            raise ValueError(
+                f"{path}: {problem} the column(s) {', '.join(wrong)}; expected columns {names}, "
+                f"found {', '.join(header) or 'none'}"
+            )
+    at = {column: [header.index(name) for name in names] for column, names in called.items()}
+    for line, row in rows:
+        cells = {column: "\n".join(row[i] for i in places) for column, places in at.items()}
+        if not cells["study"]:
+            raise ValueError(f"{path}, line {line}: no study is named (column {called['study'][0]!r})")
+        yield line, {**cells, "study": study_name(cells["study"])}
+
+
+def _called(column: str, header: Sequence[str]) -> list[str]:
+    """What a column is called in this header: by its own name, or as CT-RATE has it."""
+    there = [name for name in _CT_RATE.get(column, ()) if name in header]
+    return [column] if column in header or not there else there
