@@ -58,6 +58,18 @@ def is_label_name(name: str) -> bool:
     return any(word.endswith(("seg", "segs", "mask", "masks")) or word.startswith("segment") for word in words)
 
 
+def label_in(path: Path, root: Path) -> str:
+    """The part of a volume file's path below ``root`` that says it holds no image (see :func:`is_label_name`), or nothing."""
+    parts = [*path.relative_to(root).parts[:-1], stem(path)]
+    return next((part for part in parts if is_label_name(part)), "")
+
+
+def volumes_of(path: Path, follow_links: bool = False) -> list[Path]:
+    """The volume files that ``read_study`` reads at a path."""
+    root, files = (path.parent, [path]) if path.is_file() else (path, list_files(path, follow_links)[0])
+    return [file for file in files if is_volume(file) and not label_in(file, root)]
+
+
 def list_files(root: Path, follow_links: bool = False) -> tuple[list[Path], list[Skipped]]:
     """All regular files under a folder, sorted by path, and what was passed over.
 

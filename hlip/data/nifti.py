@@ -17,6 +17,7 @@ import numpy as np
 
 _CHUNK = 1 << 20
 _FLOATS = {16: "f4", 64: "f8"}  # datatype codes
+_NO_SLOPE = 2.220446049250313e-16  # below, ITK takes it for 1
 
 
 class NiftiError(ValueError):
@@ -33,6 +34,13 @@ class NiftiHeader:
     has_sizes: bool
     negative: tuple[bool, ...]  # which of the three voxel sizes are below 0, where the standard wants none
     has_orientation: bool
+    slope: float  # as ITK applies it: with the intercept, values are stored ones times this
+    intercept: float
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether ITK gives other values than those stored."""
+        return (self.slope, self.intercept) != (1, 0)
 
 
 def read_nifti_header(path: Path) -> NiftiHeader:
@@ -56,12 +64,18 @@ def read_nifti_header(path: Path) -> NiftiHeader:
         raise NiftiError("not a NIfTI file (empty, damaged, or another format)")
     if version == 2 and len(head) < 540:
         raise NiftiError("damaged NIfTI header: cut short")
-    at = {1: ("8h", 40, 70, "8f", 76, "f", 108, "2h", 252), 2: ("8q", 16, 12, "8d", 104, "q", 168, "2i", 344)}[version]
+    at = {
+        1: ("8h", 40, 70, "8f", 76, "f", 108, "2h", 252, "2f", 112),
+        2: ("8q", 16, 12, "8d", 104, "q", 168, "2i", 344, "2d", 176),
+    }[version]
     dim = struct.unpack_from(order + at[0], head, at[1])
     kind, bits = struct.unpack_from(order + "2h", head, at[2])
     sizes = struct.unpack_from(order + at[3], head, at[4])[1:4]
     offset = struct.unpack_from(order + at[5], head, at[6])[0]
     codes = struct.unpack_from(order + at[7], head, at[8])
+    slope, intercept = (n if math.isfinite(n) else 0.0 for n in struct.unpack_from(order + at[9], head, at[10]))
+    if abs(slope) < _NO_SLOPE:
+        slope = 1.0
     if (head[344:347] if version == 1 else head[4:7]) != f"n+{version}".encode():
         raise NiftiError("a NIfTI or Analyze header whose voxels are in another file: convert to a single .nii.gz")
     if not 1 <= dim[0] <= 7 or min(dim[1 : dim[0] + 1]) < 1 or bits < 1 or not math.isfinite(offset) or offset < 0:
@@ -73,6 +87,8 @@ def read_nifti_header(path: Path) -> NiftiHeader:
         has_sizes=all(math.isfinite(mm) and mm != 0 for mm in sizes),
         negative=tuple(mm < 0 for mm in sizes),
         has_orientation=any(code > 0 for code in codes),
+        slope=slope,
+        intercept=intercept,
     )
 
 

@@ -49,6 +49,16 @@ def affine_of(image: sitk.Image, order: Sequence[int], axes: Sequence[Axis]) -> 
     return affine
 
 
+def as_in_file(affine: np.ndarray, image: sitk.Image, spacing: Sequence[float]) -> np.ndarray:
+    """The affine of a volume made of ``image``, where the file that this came from has another spacing (x, y, z)."""
+    direction, origin = np.array(image.GetDirection()).reshape(3, 3), np.array(image.GetOrigin())
+    stretch = direction @ np.diag(np.divide(spacing, image.GetSpacing())) @ direction.T
+    found = affine.copy()
+    found[:3, :3] = stretch @ affine[:3, :3]
+    found[:3, 3] = stretch @ (affine[:3, 3] - origin) + origin
+    return found
+
+
 def image_of(voxels: np.ndarray, affine: np.ndarray) -> sitk.Image:
     """``(D, H, W)`` voxels as an image that viewers lay over the scan."""
     image = sitk.GetImageFromArray(voxels)

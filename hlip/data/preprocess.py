@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .placement import Axis, affine_of
+from .placement import Axis, affine_of, as_in_file
 from .study import Scan
 
 # Slices resized at once, and their pixels: bounds the float32 copy, and does not change a bit of the result.
@@ -108,7 +108,8 @@ class Prepared:
         name: the scan's name, and the window's if there are several.
         spacing: mm between slices, rows, columns, after all resizing.
         plane: "axial", "coronal" or "sagittal" (nearest).
-        affine: (4, 4), see :func:`hlip.data.placement.affine_of`.
+        affine: (4, 4), see :func:`hlip.data.placement.affine_of`; in the geometry of the file, also where metadata gave the
+            scan another, so that viewers lay it over the file.
     """
 
     voxels: Tensor
@@ -194,6 +195,8 @@ def prepare(scan: Scan, preset: str | Preset) -> list[Prepared]:
         voxels, spacing = _resampled(voxels, spacing, preset.resample_mm)
         axes = [axis.stretched(n) for axis, n in zip(axes, voxels.shape, strict=True)]
     affine = affine_of(image, order, _sized_axes(axes, preset))
+    if scan.spacing_in_file not in (None, scan.image.GetSpacing()):
+        affine = as_in_file(affine, scan.image, scan.spacing_in_file)
     found = []
     for window, values in _scaled(voxels, preset):
         volume, mm = _sized(values, spacing, preset)

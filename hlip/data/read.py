@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from .dicom import BrokenFile, Header, NotASlice, looks_like_dicom, read_header
-from .find import VOLUME_SUFFIXES, is_label_name, is_volume, list_files, stem, unread_format
+from .find import VOLUME_SUFFIXES, is_volume, label_in, list_files, stem, unread_format
+from .metadata import FileMetadata, Metadata
 from .pixels import read_stack
 from .series import Stack, stacks_of
 from .study import Limits, Scan, Skipped, Study, StudyError, clean_text, summarise
@@ -18,12 +19,13 @@ from .volume_file import read_volume
 _ACCEPTED = f"DICOM files, or volumes named {', '.join('*' + s for s in VOLUME_SUFFIXES)}"
 
 
-def read_study(path: str | os.PathLike, **limits) -> Study:
+def read_study(path: str | os.PathLike, *, metadata: Metadata | None = None, **limits) -> Study:
     """Read all scans of a study.
 
     Args:
         path: a folder (searched with all folders below it; DICOM series may lie flat or nested and mixed with other
             files) or a single file. DICOM is recognised by content; NIfTI, MetaImage and NRRD by name.
+        metadata: what to take in place of what the headers of volume files say, see :func:`hlip.data.read_metadata`.
         limits: fields of ``Limits``: ``min_slices`` (default 3), ``max_volumes`` (2), ``max_voxels`` (2**30),
             ``follow_links`` (False).
 
@@ -38,7 +40,7 @@ def read_study(path: str | os.PathLike, **limits) -> Study:
     scans: list[Scan] = []
     skipped: list[Skipped] = []
     notes: list[str] = []
-    for item in iter_study(path, notes=notes, **limits):
+    for item in iter_study(path, notes=notes, metadata=metadata, **limits):
         (scans if isinstance(item, Scan) else skipped).append(item)
     path = Path(path)
     if not scans:
@@ -55,7 +57,9 @@ def read_study(path: str | os.PathLike, **limits) -> Study:
     return Study(scans, skipped, path, notes)
 
 
-def iter_study(path: str | os.PathLike, *, notes: list[str] | None = None, **limits) -> Iterator[Scan | Skipped]:
+def iter_study(
+    path: str | os.PathLike, *, notes: list[str] | None = None, metadata: Metadata | None = None, **limits
+) -> Iterator[Scan | Skipped]:
     """As ``read_study``, but one scan at a time, so that only one is in memory; files passed over come first.
 
     Args:
@@ -85,16 +89,15 @@ def iter_study(path: str | os.PathLike, *, notes: list[str] | None = None, **lim
     yield from left_out
     if notes is not None:
         notes += _notes_on(headers)
-    for _, load in sorted(_plan(stacks, volumes, root, bounds), key=lambda entry: entry[0]):
+    for _, load in sorted(_plan(stacks, volumes, root, bounds, metadata or Metadata({})), key=lambda entry: entry[0]):
         yield from load()
 
 
 def _classify(file: Path, root: Path, bounds: Limits) -> Header | Skipped | None:
     """A DICOM header, something to skip, or None for a volume file."""
     if is_volume(file):
-        parts = [*file.relative_to(root).parts[:-1], stem(file)]
-        label = next((part for part in parts if is_label_name(part)), None)
-        if label is None:
+        label = label_in(file, root)
+        if not label:
             return None
         named = f'named like a segmentation or mask ("{clean_text(label, 60)}"): rename it if it is a scan'
         return Skipped(file, named)
@@ -123,7 +126,9 @@ def _notes_on(headers: list[Header]) -> list[str]:
 _Loader = Callable[[], list[Scan | Skipped]]
 
 
-def _plan(stacks: list[Stack], volumes: list[Path], root: Path, bounds: Limits) -> list[tuple[tuple, _Loader]]:
+def _plan(
+    stacks: list[Stack], volumes: list[Path], root: Path, bounds: Limits, metadata: Metadata
+) -> list[tuple[tuple, _Loader]]:
     """(sort key, how to load it) for every scan: series number (those without last), name, UID, volume."""
     plan: list[tuple[tuple, _Loader]] = []
     for stack in stacks:
@@ -133,7 +138,7 @@ def _plan(stacks: list[Stack], volumes: list[Path], root: Path, bounds: Limits) 
         uid = file.relative_to(root).as_posix()
         key = (True, 0, stem(file), uid, 0)
         name = uid if stems[stem(file)] > 1 else ""  # "T1/scan.nii.gz" and "T2/scan.nii.gz"
-        plan.append((key, partial(_load_volume, file, uid, name, bounds)))
+        plan.append((key, partial(_load_volume, file, uid, name, bounds, metadata.get(file.name))))
     return plan
 
 
@@ -146,8 +151,10 @@ def _load_stack(stack: Stack, bounds: Limits) -> list[Scan | Skipped]:
     return [*skipped, *([] if scan is None else [scan])]
 
 
-def _load_volume(file: Path, uid: str, name: str, bounds: Limits) -> list[Scan | Skipped]:
-    items = read_volume(file, uid, bounds)
+def _load_volume(
+    file: Path, uid: str, name: str, bounds: Limits, known: FileMetadata | None
+) -> list[Scan | Skipped]:  # fmt: skip
+    items = read_volume(file, uid, bounds, known)
     for item in items if name else ():
         if isinstance(item, Scan):
             ending = item.name[len(clean_text(stem(file))) :]

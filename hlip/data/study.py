@@ -85,6 +85,7 @@ class Scan:
         volume: index among the parts of one series or one 4-D file.
         path: the file it was read from (the first one of a DICOM series).
         slices_known: whether its last axis is known to be that of the slices: it is a DICOM series.
+        spacing_in_file: mm between columns, rows and slices as the file has them, where metadata may say otherwise.
     """
 
     image: sitk.Image
@@ -98,6 +99,7 @@ class Scan:
     volume: int = 0
     path: Path | None = None
     slices_known: bool = False
+    spacing_in_file: tuple[float, float, float] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from .amend import amended
 from .find import stem
+from .metadata import FileMetadata
 from .metaimage import MetaImageError, metaimage_header_for_itk
 from .nifti import NiftiError, NiftiHeader, check_content, read_nifti_header
 from .nrrd import NrrdError, nrrd_header_for_itk
@@ -37,17 +39,19 @@ class _ShearedAxes(VolumeError):
     """ITK refuses axes that are not at right angles unless told otherwise."""
 
 
-def read_volume(path: Path, uid: str, limits: Limits) -> list[Scan | Skipped]:
+def read_volume(path: Path, uid: str, limits: Limits, known: FileMetadata | None = None) -> list[Scan | Skipped]:
     """The scans in one file: one, or of a 4-D file the first ``max_volumes``, named "... [0]", "... [1]".
+
+    ``known``: what to take in place of what its header says.
 
     Never raises on a bad file: what cannot be read comes back as ``Skipped``.
     """
     try:
         try:
-            return _read(path, uid, limits, [])
+            return _read(path, uid, limits, known, [])
         except _ShearedAxes as error:
             with _sheared_axes_allowed():
-                return _read(path, uid, limits, [str(error)])
+                return _read(path, uid, limits, known, [str(error)])
     except (VolumeError, MetaImageError, NiftiError, NrrdError) as error:
         return [Skipped(path, str(error), broken=not isinstance(error, _Unwanted))]
     except Exception as error:  # SimpleITK, memory, file system
@@ -56,7 +60,7 @@ def read_volume(path: Path, uid: str, limits: Limits) -> list[Scan | Skipped]:
         return [Skipped(path, why, broken=True)]
 
 
-def _read(path: Path, uid: str, limits: Limits, notes: list[str]) -> list[Scan | Skipped]:
+def _read(path: Path, uid: str, limits: Limits, known: FileMetadata | None, notes: list[str]) -> list[Scan | Skipped]:
     header = None
     if path.name.lower().endswith((".nii", ".nii.gz")):
         header = read_nifti_header(path)
@@ -65,12 +69,13 @@ def _read(path: Path, uid: str, limits: Limits, notes: list[str]) -> list[Scan |
         if not header.has_orientation:
             notes.append("no orientation in the header: the stored axes are taken for it")
     with _alone(path) as place:
-        return _scans(path, _opened(place), header, uid, limits, notes)
+        return _scans(path, _opened(place), header, uid, limits, known, notes)
 
 
 def _scans(
-    path: Path, reader: sitk.ImageFileReader, header: NiftiHeader | None, uid: str, limits: Limits, notes: list[str]
-) -> list[Scan | Skipped]:
+    path: Path, reader: sitk.ImageFileReader, header: NiftiHeader | None, uid: str, limits: Limits,
+    known: FileMetadata | None, notes: list[str],
+) -> list[Scan | Skipped]:  # fmt: skip
     size = list(reader.GetSize())
     _refuse_other_shapes(size, reader.GetNumberOfComponents(), limits)
     volumes = math.prod(size[3:])
@@ -93,7 +98,10 @@ def _scans(
         if image is None:
             found.append(Skipped(path, f"{title}: no finite value in it", broken=True))
         else:
-            found.append(Scan(image, title, notes=own, uid=uid, volume=i, path=path))
+            scan = Scan(image, title, notes=own, uid=uid, volume=i, path=path)
+            if known:
+                scan.image, scan.spacing_in_file = amended(image, header, known, own), image.GetSpacing()
+            found.append(scan)
     if volumes > kept:
         found.append(Skipped(path, f"volumes beyond the first {kept} of {volumes} (max_volumes)"))
     return found
