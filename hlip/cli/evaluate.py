@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from ..evaluate import benchmark
 from ..train.examples import FolderStudies, read_labels
-from ..train.inputs import make_datasets
+from ..train.inputs import make_datasets, own_metadata
 from ..train.published import open_model
 from ..train.run import Run
 from ..train.validate import Scores, Validation, check_labels
@@ -89,15 +89,18 @@ def own_validation(run: Run, args) -> Validation:
     """The studies that were evaluated on in training, simulated or not, by default with the same labels and prompts."""
     data = run.config.data
     if data.train == "simulated":
-        if args.labels or args.prompts or args.preset:
-            raise ValueError("--labels, --prompts and --preset go with --studies: simulated studies bring their own")
+        if args.labels or args.prompts or args.preset or args.metadata:
+            raise ValueError(
+                "simulated studies bring their own --labels, --prompts, --preset and --metadata: those go with --studies"
+            )
         _, studies, prompts = make_datasets(run.config)
         validation = Validation.make(studies, prompts, run.config)
         if validation is not None:
             return validation
     elif data.valid:
         labels, prompts = args.labels or data.labels, args.prompts or run.config.prompts
-        return labelled_studies(run, args, data.valid, labels, prompts, cache=data.cache)
+        options = {"cache": data.cache, **({} if args.metadata else own_metadata(data))}
+        return labelled_studies(run, args, data.valid, labels, prompts, **options)
     raise ValueError(f"{args.run} has no validation studies of its own: give --studies, --labels and --prompts")
 
 

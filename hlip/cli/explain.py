@@ -9,6 +9,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 
+from ..data.metadata import tell_missing
 from ..data.placement import image_of
 from ..evaluate import Benchmark, benchmark, zero_shot_classifier
 from ..evaluate.prompts import parse
@@ -34,7 +35,10 @@ def explain(args) -> int:
     run = open_model(args.run, model=args.model, device=device_of(args.device))
     if chosen is None:
         chosen = parse("text", {"classes": {args.text: args.text.rstrip(".")}, "templates": [run.config.prompt + "{c}."]})
-    volumes, max_value, warning = prepare_volumes(Path(args.study), **reading(run, args))
+    options = reading(run, args)
+    if "metadata" in options:
+        tell_missing(options["metadata"], [Path(args.study)], args.follow_links)
+    volumes, max_value, warning = prepare_volumes(Path(args.study), **options)
     if warning:
         print(warning)
     direction, what = direction_of(run, chosen, target)

@@ -6,7 +6,8 @@ import sys
 
 from hlip_kernels import patch_grids
 
-from ..data import PRESETS, Study, StudyError, auto_preset, prepare, read_study, scan_presets
+from ..data import PRESETS, Study, StudyError, auto_preset, hounsfield_hint, prepare, read_metadata, read_study, scan_presets
+from ..data.metadata import tell_missing
 from ..data.study import clean_text
 from ..model import variant
 from .paths import studies_at
@@ -22,10 +23,13 @@ def info(args) -> int:
     if args.preset != "auto" and args.preset not in PRESETS:
         raise ValueError(f"no preset named {args.preset!r}: choose one of auto, {', '.join(PRESETS)}")
     patch = variant(args.model).encoder.patch_size
+    metadata = read_metadata(args.metadata) if args.metadata else None
     paths, failed = studies_at(args.paths, args.follow_links)
+    if metadata is not None:
+        tell_missing(metadata, paths, args.follow_links)
     for path in paths:
         try:
-            study = read_study(path, follow_links=args.follow_links)
+            study = read_study(path, follow_links=args.follow_links, metadata=metadata)
             print(study)
             tokens = _print_prepared(study, args.preset, patch)
             print(f"  {tokens} tokens in all, patches of {' x '.join(map(str, patch))} voxels ({args.model})\n")
@@ -49,6 +53,8 @@ def _print_prepared(study: Study, preset: str, patch: tuple[int, int, int]) -> i
     for scan, own in zip(study.scans, presets, strict=True):
         if own.name != name:
             print(f"    {scan.name}: prepared as {own.name!r}: {auto_preset(scan).reason}")
+        if hint := hounsfield_hint(scan, own):
+            print(f"    note: {hint}")
         try:
             volumes = prepare(scan, own)
         except ValueError as error:

@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--preset", default="auto", help="how scans are prepared (default: guessed from the study)")
     p.add_argument("--presets", action="store_true", help="list the presets and stop")
     _links(p)
+    _metadata(p)
 
     p = _command(commands, "embed", "turn studies into vectors", _embed)
     p.add_argument("paths", nargs="+", metavar="PATH", help="studies' folders or files; or folders of studies")
@@ -98,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", help="also score the studies: a benchmark's name or a YAML file")
     p.add_argument("--resume", action="store_true", help="go on where an earlier call for the same file ended")
     _links(p)
+    _metadata(p)
     _prepared(p)
     _workers(p)
     _device(p)
@@ -106,10 +108,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("run", help=_RUN)
     p.add_argument("--studies", help="a folder of studies (default: the run's own validation studies)")
     p.add_argument("--features", metavar="FILE", help="instead of studies: what `hlip embed` wrote of them, with this model")
-    p.add_argument("--labels", help="CSV with a column 'study' and one of 0 and 1 for each class")
+    p.add_argument("--labels", help="CSV with a column 'study' (or 'VolumeName') and one of 0 and 1 for each class")
     p.add_argument("--prompts", help="a benchmark's name or a YAML file of classes and templates")
     p.add_argument("--scores", metavar="FILE", help="also write every study's scores and labels, as CSV")
     _links(p)
+    _metadata(p)
     _prepared(p)
     _workers(p)
     _device(p)
@@ -126,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--out", help="folder to write: a map for each volume, a picture (default: explained/ and the study's name)")
     _links(p)
+    _metadata(p)
     _prepared(p)
     _device(p)
 
@@ -162,6 +166,14 @@ def _command(commands, name: str, what: str, function) -> argparse.ArgumentParse
 
 def _links(p: argparse.ArgumentParser) -> None:
     p.add_argument("--follow-links", action="store_true", help="follow links that lead out of the folders, as of DataLad")
+
+
+def _metadata(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--metadata",
+        metavar="FILE",
+        help="CSV (or a folder of them) with slope, intercept and spacing of volume files, in place of their headers'",
+    )
 
 
 def _device(p: argparse.ArgumentParser) -> None:

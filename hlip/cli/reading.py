@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..data import read_metadata
 from ..train.inputs import how_to_read
 from ..train.published import PublishedModel
 from ..train.run import Run
@@ -20,7 +21,10 @@ def device_of(name: str) -> str:
 
 
 def reading(run: Run, args) -> dict:
-    """How studies are read and prepared: as the model was trained (see :class:`FolderStudies`), unless asked otherwise."""
+    """How studies are read and prepared: as the model was trained (see :class:`FolderStudies`), unless asked otherwise.
+
+    A table of metadata is one of certain files, and so not taken over from training.
+    """
     data = run.config.data
     if isinstance(run, PublishedModel):
         options = {"preset": run.preset}
@@ -32,6 +36,8 @@ def reading(run: Run, args) -> dict:
     if args.preset and args.preset != trained and data.train != "simulated":
         usual = ", ".join(dict.fromkeys(trained.values())) if isinstance(trained, Mapping) else trained
         log.warning("--preset %s: the model was trained on scans prepared otherwise (%s)", args.preset, usual)
+    if args.metadata:
+        options["metadata"] = read_metadata(args.metadata)
     if args.follow_links:
         options["follow_links"] = True
     return {**options, "preset": args.preset or trained}

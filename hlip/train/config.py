@@ -20,6 +20,8 @@ class DataConfig:
         valid: likewise a folder, to evaluate on; empty: none. Simulated studies bring their own.
         reports: a CSV with columns ``study`` and ``report`` (one row per sentence or per report). Without it, each study
             folder holds ``report.txt``.
+        metadata: a CSV, or a folder of them, with slope, intercept and spacing of volume files, in place of what their headers
+            say; see :func:`hlip.data.read_metadata`.
         labels: a CSV with a column ``study`` and one column of 0 and 1 per class, for zero-shot evaluation on ``valid``.
         preset: how scans are prepared (``hlip info --presets`` lists them), or ``auto``.
         cache: a folder for prepared scans, so that they are read and resampled once.
@@ -34,6 +36,7 @@ class DataConfig:
     train: str = "simulated"
     valid: str = ""
     reports: str = ""
+    metadata: str = ""
     labels: str = ""
     preset: str = "auto"
     cache: str = ""

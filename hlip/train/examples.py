@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from .places import study_places
 from .prepared import PreparedCache, check_preset, prepare_study
 from .sentences import split_sentences
 from .tables import REPORT, read_labels, read_reports, report_file, study_name
+
+if TYPE_CHECKING:
+    from ..data import Metadata
 
 __all__ = [
     "Batch", "Collate", "Example", "FolderStudies", "SimulatedExamples", "make_text", "read_labels", "read_reports",
@@ -79,8 +83,9 @@ class FolderStudies(Dataset):
             name deeper in it, see :func:`hlip.train.places.study_places`.
         paths: the studies themselves (folders or files) instead of what is in ``folder``.
         named: the names of studies in a table of labels.
-        reports: CSV with columns ``study`` and ``report``; empty: ``report.txt`` in each folder.
+        reports: a CSV, see :func:`hlip.train.tables.read_reports`; empty: ``report.txt`` in each folder.
         preset, limits: see :func:`hlip.train.prepared.prepare_study`.
+        metadata: see :func:`hlip.data.read_metadata`; files that it does not name are counted in one line.
         cache: folder for prepared scans; empty: none.
         max_scans: a random choice of at most this many scans each time; 0 keeps all.
         need_reports: leave out studies without a report; otherwise reports are not read at all.
@@ -92,14 +97,15 @@ class FolderStudies(Dataset):
     def __init__(
         self, folder: str | Path, *, paths: Sequence[Path] | None = None, named: Iterable[str] = (), reports: str | Path = "",
         preset: str | Mapping[str, str] = "auto", cache: str | Path = "", max_scans: int = 0, need_reports: bool = True,
-        **limits,
+        metadata: Metadata | None = None, **limits,
     ):  # fmt: skip
         from ..data import Limits
+        from ..data.metadata import tell_missing
 
         Limits(**limits)
         check_preset(preset)
         self.folder, self.preset, self.max_scans = Path(folder), preset, max_scans
-        self.limits = limits
+        self.limits = limits if metadata is None else {**limits, "metadata": metadata}
         self.cache = PreparedCache(Path(cache), self._complain_once) if cache else None
         if paths is None and not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: no such folder of studies")
@@ -122,6 +128,8 @@ class FolderStudies(Dataset):
                 + (" and report.txt, or a reports CSV" if need_reports else "")
                 + "; or a CSV whose column 'study' has the paths of folders or files below it"
             )
+        if metadata is not None:
+            tell_missing(metadata, self.paths, limits.get("follow_links", False))
         # What has been said of each study that is left out, of each that is not, and of the cache: shared, so that each
         # loader worker does not repeat it.
         self._said = torch.zeros(2 * len(self.paths) + 1, dtype=torch.bool).share_memory_()

@@ -37,7 +37,7 @@ def make_datasets(config: TrainConfig) -> tuple[Dataset, Dataset | None, tuple[B
         studies = SimulatedStudies(data.num_train, split="train", **shape)
         valid = SimulatedStudies(data.num_valid, split="test", **shape) if data.num_valid else None
         return SimulatedExamples(studies), valid, (simulated_benchmark(), None)
-    reading = how_to_read(data)
+    reading = {**how_to_read(data), **own_metadata(data)}
     studies = FolderStudies(data.train, reports=data.reports, max_scans=data.max_scans, **reading)
     if not data.valid:
         return studies, None, None
@@ -70,6 +70,17 @@ def how_to_read(data: DataConfig) -> dict:
         name: getattr(data, name) for name in ("min_slices", "follow_links") if getattr(data, name) != getattr(fresh, name)
     }
     return {"preset": data.preset, "cache": data.cache, **limits}
+
+
+def own_metadata(data: DataConfig) -> dict:
+    """The table of metadata of the config's own studies, as an option of :class:`FolderStudies`; none if it names none.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`hlip.data.read_metadata`.
+    """
+    from ..data import read_metadata
+
+    return {"metadata": read_metadata(data.metadata)} if data.metadata else {}
 
 
 def make_tokenizer(config: TrainConfig, dataset: Dataset) -> Tokenizer:

@@ -23,7 +23,7 @@ class PreparedStudy(NamedTuple):
 
     Attributes:
         scans: ``(D, H, W)``, of one dtype. max_value: the stored value that means 1.
-        warning: see :meth:`hlip.data.Study.warning`; empty if there is none.
+        warning: see :meth:`hlip.data.Study.warning` and :func:`hlip.data.hounsfield_hint`; empty if there is none.
     """
 
     scans: list[Tensor]
@@ -46,12 +46,12 @@ def prepare_volumes(
         path: a folder or a file.
         preset: a name in ``hlip.data.PRESETS``, for all scans; ``"auto"``: what :func:`hlip.data.scan_presets` guesses; a
             mapping: what it gives for the guess.
-        limits: of reading, see :class:`hlip.data.Limits`.
+        limits: of reading, see :class:`hlip.data.Limits`; and ``metadata``, see :func:`hlip.data.read_metadata`.
 
     Raises:
         ValueError: no such preset; or see :func:`hlip.data.read_study` and :func:`hlip.data.prepare`.
     """
-    from ..data import PRESETS, prepare, read_study, scan_presets
+    from ..data import PRESETS, hounsfield_hint, prepare, read_study, scan_presets
 
     check_preset(preset)
     study = read_study(path, **limits)
@@ -60,7 +60,8 @@ def prepare_volumes(
     else:
         presets = scan_presets(study, None if preset == "auto" else preset)
     volumes = [p for scan, own in zip(study.scans, presets, strict=True) for p in prepare(scan, own)]
-    return volumes, presets[0].max_value, study.warning()
+    hints = [hounsfield_hint(scan, own) for scan, own in zip(study.scans, presets, strict=True)]
+    return volumes, presets[0].max_value, "; ".join(filter(None, [study.warning(), *hints]))
 
 
 def check_preset(preset: str | Mapping[str, str]) -> None:
@@ -124,8 +125,11 @@ def _key(path: Path, preset: str | Mapping[str, str], limits: Mapping) -> str:
 
     files = list_files(path, limits.get("follow_links", False))[0] if path.is_dir() else [path]
     stamp = "|".join(f"{p.relative_to(path)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    limits = dict(limits)
+    table = limits.pop("metadata", None) or {}
+    known = [(str(p.relative_to(path)), table[p.name]) for p in files if p.name in table]  # only what is said of these files
     kind = preset if isinstance(preset, str) else sorted(preset.items())
-    how = f"{sorted(limits.items())}|" if limits else ""
+    how = (f"{sorted(limits.items())}|" if limits else "") + (f"{known}|" if known else "")
     text = f"2|{how}{kind}|{path.resolve()}|{stamp}"
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]  # names need not be UTF-8
 
