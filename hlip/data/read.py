@@ -151,9 +151,7 @@ def _load_stack(stack: Stack, bounds: Limits) -> list[Scan | Skipped]:
     return [*skipped, *([] if scan is None else [scan])]
 
 
-def _load_volume(
-    file: Path, uid: str, name: str, bounds: Limits, known: FileMetadata | None
-) -> list[Scan | Skipped]:  # fmt: skip
+def _load_volume(file: Path, uid: str, name: str, bounds: Limits, known: FileMetadata | None) -> list[Scan | Skipped]:
     items = read_volume(file, uid, bounds, known)
     for item in items if name else ():
         if isinstance(item, Scan):
