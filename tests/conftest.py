@@ -26,7 +26,7 @@ except ImportError:  # the GPU gate's Python may lack it; its tests do not use i
     pass
 else:
     settings.register_profile(
-        "ci", deadline=None, max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=True
+        "ci", deadline=None, max_examples=20, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=True
     )
     settings.register_profile("search", settings.get_profile("ci"), derandomize=False, max_examples=500)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.skipif(
 # (dtype, allow_tf32) that have a fast backward pass.
 KINDS = [(torch.float16, False), (torch.float32, True)]
 KIND_IDS = ["float16", "tfloat32"]
+FEW = [[[40, 0, 65]], [[3]]]  # enough where an error is not measured, but results are compared
 DETERMINISTIC = ["attention_backward_dq", "attention_backward_dkdv"]
 FAST = ["attention_backward_delta", "attention_backward_fused"]
 PATTERNS = [
@@ -218,7 +219,7 @@ def results(qkv, layout, level, weight, **options):
 
 
 def test_tf32_changes_float32_alone():
-    layout = make(RAGGED, 2)
+    layout = make(FEW, 2)
     for dtype in (torch.float16, torch.float32):
         qkv, weight = torch.randn(layout.num_rows, 3, 2, 32).to(dtype), torch.randn(layout.num_rows, 2, 32).to(dtype)
         for deterministic in (True, False):
@@ -234,7 +235,7 @@ def test_tf32_changes_float32_alone():
 @pytest.mark.parametrize("has_tf32", [True, False])
 def test_gpus_without_tf32_products_multiply_in_float32(monkeypatch, has_tf32):
     monkeypatch.setattr(triton_backend, "has_tf32", lambda device: has_tf32)
-    layout = make(RAGGED, 2)
+    layout = make(FEW, 2)
     qkv, weight = torch.randn(layout.num_rows, 3, 2, 16), torch.randn(layout.num_rows, 2, 16)
     plain, allowed = (results(qkv, layout, "scan", weight, allow_tf32=tf32) for tf32 in (False, True))
     assert torch.equal(plain[2], allowed[2]) == (not has_tf32)
@@ -340,7 +341,7 @@ def test_memory_nobody_wrote_is_never_read(kind, level, options, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
 def test_strides_do_not_matter(kind):
     dtype, allow_tf32 = kind
-    layout = make(RAGGED, 1)
+    layout = make(FEW, 1)
     plain = [torch.randn(layout.num_rows, 2, 32).to(dtype) for _ in range(3)]
     weight = torch.randn(2, 32, layout.num_rows).to(dtype).permute(2, 0, 1)
     packed = torch.stack(plain, dim=1).unbind(1)

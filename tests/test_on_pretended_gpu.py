@@ -28,15 +28,18 @@ def run(*command):
     return done.stdout
 
 
-@pytest.mark.parametrize("file", ["test_gpu.py", "test_gpu_hopper.py", "test_gpu_numerics.py"])
-def test_gpu_tests(file):
-    assert " passed" in run(*PYTEST, f"tests/{file}", "--each", "3")
+def test_gpu_tests():
+    """In one process: half of the time is what it takes to begin."""
+    files = [f"tests/{file}" for file in ("test_gpu.py", "test_gpu_hopper.py", "test_gpu_numerics.py")]
+    assert " passed" in run(*PYTEST, *files, "--each", "2")
 
 
 def test_benchmarks(tmp_path):
     path = tmp_path / "rows.csv"
     # Of longer segments only what short ones do not have: a row of its own for the fast backward kernel on Hopper.
-    cases = "many_short or (dropout_50 and slice) or (dropout_50 and scan and hopper and fast) or segment_mean or switch_level"
+    # Nor many short ones one after the other, which is how torch's varlen attention is pretended.
+    cases = "(many_short and not varlen) or (dropout_50 and slice) or (dropout_50 and scan and hopper and fast)"
+    cases += " or segment_mean or switch_level"
     run(*PYTEST, "benchmarks/test_attention.py", "benchmarks/test_ops.py", "-k", cases, "--rows", str(path))
     rows = report.read(path)
     found = {(row["part"], row["implementation"]) for row in rows if row["workload"] == "dropout_50"}
@@ -48,7 +51,7 @@ def test_benchmarks(tmp_path):
 
 @pytest.mark.parametrize("command, said", [
     ("tools/sanitizer_case.py triton long small", "long: every kernel ran"),
-    ("tools/stress.py --device cuda --cases 60 --seed 1", "0 failed"),
+    ("tools/stress.py --device cuda --cases 30 --seed 1", "0 failed"),
     ("hlip_kernels.measure_auto --rows 512 --bands 32 512 --rounds 1 --heads 2 --out {tmp}", "sm_90, bfloat16, head dim 64"),
 ], ids=lambda x: x.split()[0])  # fmt: skip
 def test_tools(command, said, tmp_path):

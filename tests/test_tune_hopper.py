@@ -92,17 +92,17 @@ def test_times_are_printed_and_written(monkeypatch, capsys, tmp_path):
     on_cpu = tool.Case
     monkeypatch.setattr(tool.Case, "candidates", lambda self: tool.neighbours(self.kernel, self.shipped())[:3])
     monkeypatch.setattr(tool, "Case", lambda *fields: on_cpu(*fields[:-1], "cpu"))
-    sizes = ["--dtype", "float16", "--heads", "1", "--lengths", "20", "300", "--rows", "300"]
+    sizes = ["--dtype", "float16", "--heads", "1", "--lengths", "20", "257", "--rows", "257"]
     out = tmp_path / "hopper.csv"
     kernels = ["--kernel", "attention_forward", "attention_backward_fused"]
     assert tool.main([*sizes, *kernels, "--rounds", "1", "--processes", "1", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "attention_forward, float16, head dim 64, segments of 300 rows: 3 timed" in said
+    assert "attention_forward, float16, head dim 64, segments of 257 rows: 3 timed" in said
     assert "3 consumers, 4 tiles of 128, 160 registers, queries in shared memory  shipped" in said
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["kernel"] for row in rows] == ["attention_forward"] * 3 + ["attention_backward_fused"] * 3
-    assert {row["length"] for row in rows} == {"300"}  # of short segments there are other kernels
+    assert {row["length"] for row in rows} == {"257"}  # of short segments there are other kernels
     assert all(float(row["milliseconds"]) > 0 for row in rows) and {row["stages"] for row in rows[:3]} >= {"4"}
 
 

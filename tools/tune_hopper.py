@@ -3,12 +3,12 @@
     python tools/tune_hopper.py                                    # bfloat16, head dim 64, every kernel, three minutes
     python tools/tune_hopper.py --kernel attention_forward --lengths 590 12560 --out hopper.csv
 
-One kernel at a time gets other numbers of consumers and of keys a tile, more or fewer tiles in its ring, and forward queries
-from registers instead of shared memory or the other way round; registers are dealt out anew. What is timed is the pass the
-kernel is part of, over equal segments. A candidate that does not compute what the shipped configuration does falls away, as
-one that does not fit. Prints the fastest beside the shipped ones; nothing is written into ``config.py``: whether the compiler
-kept what wins to the order of its source is for ``python -m hlip_kernels.resources_hopper`` to say, and tests hold the table
-to that.
+One kernel at a time gets more or fewer tiles in its ring; or other numbers of consumers and of keys a tile, and forward queries
+from registers instead of shared memory or the other way round, with registers dealt out anew and as many rows in the ring. What
+is timed is the pass the kernel is part of, over equal segments. A candidate that does not compute what the shipped sizes do
+falls away, as one that does not fit. Prints the fastest beside the shipped ones; nothing is written into ``config.py``:
+whether the compiler kept what wins to the order of its source is for ``python -m hlip_kernels.resources_hopper`` to say, and
+tests hold the table to that.
 """
 
 import contextlib
@@ -34,24 +34,24 @@ BLOCKS = {"attention_forward": (64, 128)}
 
 def neighbours(kernel: str, shipped: Config) -> list[Config]:
     """The shipped configuration and those next to it, the least different first."""
-    found = [shipped]
     # Whole segments are as long as the shipped consumers together have rows; the products of two blocks are written out.
     consumers = CONSUMERS.get(kernel, (shipped.consumers,))
     blocks = BLOCKS.get(kernel, (shipped.block,))
     registers = (True, False) if kernel == "attention_forward" else (shipped.own_in_registers,)
-    for count, block, in_registers, more in itertools.product(consumers, blocks, registers, (-2, -1, 0, 1, 2, 4)):
-        stages = shipped.stages * shipped.block // block + more
+    found = [replace(shipped, stages=shipped.stages + more) for more in (0, -2, -1, 1, 2) if shipped.stages + more >= 2]
+    for count, block, in_registers in itertools.product(consumers, blocks, registers):
+        stages = shipped.stages * shipped.block // block  # as many rows
         config = replace(shipped, consumers=count, block=block, stages=stages, own_in_registers=in_registers)
         if count != shipped.consumers:
             given = shipped.producer_registers + shipped.reducer_registers
             share = (REGISTERS // 128 - given) // count // 8 * 8
             config = replace(config, consumer_registers=min(share, MOST_REGISTERS))
-        if stages >= 2 and config not in found:
+        if config not in found:
             found.append(config)
 
-    def different(config: Config) -> tuple[int, int]:
-        changed = sum(value != vars(shipped)[name] for name, value in vars(config).items() if name != "consumer_registers")
-        return changed, abs(config.stages * config.block - shipped.stages * shipped.block)
+    def different(config: Config) -> int:
+        following = ("consumer_registers", "stages" if config.block != shipped.block else "")
+        return sum(value != vars(shipped)[name] for name, value in vars(config).items() if name not in following)
 
     return sorted(found, key=different)
 
