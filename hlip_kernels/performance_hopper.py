@@ -119,7 +119,9 @@ OUTSIDE = {
     "attention_backward_fused": 440,
     "attention_backward_whole": 780,
 }
-FIRST = {16: 0.4, 64: 1.2}  # of a step of 64 keys: a first tile of so many, forward, where tiles are longer
+# Of a step of 64 keys: a first tile of so many, forward, where tiles are longer. Of 16 by its instructions; of 64 a guess, for
+# nothing overlaps with it.
+FIRST = {16: 0.4, 64: 1.2}
 OWN_ROWS = 1000  # clocks in which consumers wait for rows of their own, where there is room for those of one item alone
 # Tensors of q's size that are read or written; 6 where nothing is said.
 TENSORS = {"attention_forward": 4, "attention_forward_whole": 4, "attention_backward_whole": 8}

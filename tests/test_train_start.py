@@ -104,10 +104,12 @@ def test_a_run_is_replaced_when_asked(studies, run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.Trainer, "train_step", stopped)
     curves = set((run / "tensorboard").iterdir())
+    for name in ("best.safetensors", "best-step-7.safetensors"):
+        (run / name).write_bytes(b"older")
     with pytest.raises(KeyboardInterrupt):
         start(studies, run, overwrite=True, data={"reports": str(reports)}, model={"width": 96})
     assert curves and not curves & set((run / "tensorboard").iterdir())
-    assert not (run / "model.safetensors").exists() and not (run / "state.pt").exists()
+    assert not list(run.glob("*.safetensors")) and not (run / "state.pt").exists()
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["width"] == 96
     assert "haemorrhage" in (run / "tokenizer" / "tokenizer.json").read_text()  # learnt from the reports of this run
     assert not list(run.glob(".*"))

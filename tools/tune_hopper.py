@@ -62,7 +62,7 @@ class Case(tuning.Case):
         return hopper.HopperBackend(ordered=self.kernel.endswith("_fused"), whole=self.kernel.endswith("_whole"))
 
     def shipped(self) -> Config | None:
-        backend, plan = self.backend(), replace(self, rows=self.length, heads=1, device="cpu").batch()[1]
+        backend, plan = self.backend(), replace(self, rows=self.length, device="cpu").plan()
         forward = forward_kernel(plan, self.head_dim, backend.whole)
         used = (forward, *backward_kernels(plan, self.head_dim, backend.ordered, backend.whole))
         return KERNELS[self.kernel].get(self.head_dim) if self.kernel in used else None

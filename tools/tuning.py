@@ -52,11 +52,16 @@ class Case:
         """A function of a configuration that runs the pass once, and returns its results."""
         raise NotImplementedError
 
+    def plan(self) -> Plan:
+        """How its segments attend."""
+        layout = Layout.from_lengths([self.length] * max(1, self.rows // self.length), levels=("segment",))
+        return Plan.of(layout.to(self.device).pattern("segment"))
+
     def batch(self) -> tuple[torch.Tensor, Plan]:
         """``(R, 3, H, D)`` of q, k and v, and how segments attend."""
-        layout = Layout.from_lengths([self.length] * max(1, self.rows // self.length), levels=("segment",)).to(self.device)
-        shape = (layout.num_rows, 3, self.heads, self.head_dim)
-        return torch.randn(shape, dtype=DTYPES[self.dtype], device=self.device), Plan.of(layout.pattern("segment"))
+        plan = self.plan()
+        shape = (plan.num_rows, 3, self.heads, self.head_dim)
+        return torch.randn(shape, dtype=DTYPES[self.dtype], device=self.device), plan
 
 
 def try_once(case: Case, config) -> str | None:

@@ -63,7 +63,7 @@ def iter_study(
     """As ``read_study``, but one scan at a time, so that only one is in memory; files passed over come first.
 
     Args:
-        notes: a list to which notes on the study as a whole are added.
+        notes: a list to which notes on the study as a whole are added. metadata, limits: see ``read_study``.
 
     Raises:
         StudyError: only if the path does not exist.

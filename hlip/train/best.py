@@ -15,6 +15,7 @@ from ..storage import reason, write_tensors
 log = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
+OTHERS_BEST = "best-step-{}.safetensors"  # what was the best by other studies, labels or prompts
 
 
 def best_so_far(folder: Path) -> float:
@@ -48,7 +49,7 @@ def keep_best(folder: Path, weights: Mapping[str, Tensor], macro_auc: float, ste
         return False
     try:
         if others:
-            aside = folder / f"best-step-{int(chosen_at)}.safetensors"
+            aside = folder / OTHERS_BEST.format(int(chosen_at))
             (folder / BEST).rename(aside)
             said = "%s was chosen by other studies, labels or prompts than are evaluated on now: kept as %s"
             log.warning(said, folder / BEST, aside.name)

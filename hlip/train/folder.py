@@ -20,7 +20,7 @@ from torch import Tensor
 from ..model import Tokenizer
 from ..model.variants import canonical_name
 from ..storage import reason, remove_partial, write_atomically, write_tensors
-from .best import BEST
+from .best import BEST, OTHERS_BEST
 from .config import ModelConfig, TrainConfig, load_config
 from .run import loss_kind
 
@@ -107,6 +107,8 @@ def start_folder(config: TrainConfig, tokenizer: Tokenizer | None) -> None:
     if tokenizer is not None:
         for name in (WEIGHTS, BEST, STATE):
             (folder / name).unlink(missing_ok=True)
+        for weights in folder.glob(OTHERS_BEST.format("*")):
+            weights.unlink()
         for curves in (folder / EVENTS).glob("events.out.tfevents.*"):  # would be drawn into those of this run
             curves.unlink()
         _write_folder(folder / TOKENIZER, tokenizer.save)
