@@ -14,10 +14,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 from frames import with_room
-from interpreter import patch_once_a_launch
+from interpreter import patch_once_a_launch, work_less
 
 INTERPRETER = "patched once a launch"
-if os.environ.get("TRITON_INTERPRET") == "1" and not patch_once_a_launch():
+if os.environ.get("TRITON_INTERPRET") == "1" and not (patch_once_a_launch() and work_less()):
     INTERPRETER = "as it is, slow: tests/interpreter.py does not know this version"
 
 try:
