@@ -67,11 +67,13 @@ class BlockMemory:
 
     def _shared_index(self, addresses, size, count):
         """Index of the first value of each address, which it checks."""
+        if not addresses.size:
+            return addresses
         end = addresses + size * count
-        if (addresses < SHARED_BASE).any() or (end > self.shared_end).any():
+        if addresses.min() < SHARED_BASE or end.max() > self.shared_end:
             bad = addresses[(addresses < SHARED_BASE) | (end > self.shared_end)][0] - SHARED_BASE
             raise PtxError(f"{size * count} bytes at {bad} of {self.shared_end - SHARED_BASE} bytes of shared memory")
-        if (addresses & (size * count - 1)).any():
+        if np.bitwise_or.reduce(addresses, axis=None) & (size * count - 1):
             raise PtxError(f"an access of {size * count} bytes to shared memory at an address that is not a multiple")
         return (addresses - SHARED_BASE) // size
 

@@ -39,9 +39,7 @@ class BlockWarps:
         return values[source], inside
 
     def _lanes(self, guard) -> np.ndarray:
-        here = np.zeros(self.padded, bool)
-        here[self._active(guard)] = True
-        return here.reshape(-1, WARP)
+        return (self.everyone if guard is None else guard).reshape(-1, WARP)
 
     def vote(self, mode, values, members, guard):
         self._warp_check(members, guard)
@@ -65,10 +63,10 @@ class BlockWarps:
     def load_matrices(self, addresses, count, transposed, guard):
         self.whole_warps(guard)
         rows = matrices.rows_of(addresses, count)
-        data = np.zeros((*rows.shape, 8), np.uint16)
         here = self._lanes(guard).any(1)
-        first = self._shared_index(rows[here], 16, 1) * 8
-        data[here] = self._shared_as(np.uint16)[first[..., None] + np.arange(8)]
+        found = self._shared_as(np.uint32)[self._shared_index(rows[here], 16, 1)[..., None] * 4 + np.arange(4)]
+        data = np.zeros((*rows.shape, 4), np.uint32)
+        data[here] = found
         return matrices.spread(data, transposed)
 
     def store_matrices(self, addresses, values, transposed, guard) -> None:

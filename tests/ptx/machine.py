@@ -103,6 +103,7 @@ class ThreadBlock(BlockMemory, BlockWarps, BlockHopper, BlockProxies):
         self.copies: list[Copy] = []
         self.groups = np.zeros(self.padded, np.int64)  # of copies that a thread has closed
         self.looked = False
+        self.whole: np.ndarray | None = None  # a guard that was seen to be of whole warps, while a block runs
         self.order: random.Random | None = None  # of warps; None: together
         self.units, self.unit = np.arange(self.padded) // (4 * WARP if kernel.has_warpgroups else WARP), -1
         self.start_hopper()
@@ -137,6 +138,7 @@ class ThreadBlock(BlockMemory, BlockWarps, BlockHopper, BlockProxies):
             if self._collective(number) and not self._warps_whole(mask, number):
                 continue
             whole = bool((mask == self.everyone).all())
+            self.whole = None
             function = self._compiled(number, not whole)
             try:
                 following = function(self, self.registers, None if whole else mask)
@@ -189,11 +191,12 @@ class ThreadBlock(BlockMemory, BlockWarps, BlockHopper, BlockProxies):
 
     def whole_warps(self, guard) -> None:
         """A collective under a predicate: for whole warps or none."""
-        if guard is None:
+        if guard is None or guard is self.whole:
             return
         warps, alive = guard.reshape(-1, WARP), (self.state != _DONE).reshape(-1, WARP)
         if (warps.any(1) & (warps != alive).any(1)).any():
             raise PtxError("a warp is divided at an instruction that all of it must execute")
+        self.whole = guard
 
     def barrier(self, name, count, mask, kind: str, source=None, destination=None) -> None:
         mask = self._alive() if mask is None else mask

@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 
-from .numbers import halves
+from .numbers import bf16_to_f32
 from .program import PtxError
 
 _LANES = np.arange(32)
@@ -45,37 +45,47 @@ def places(which: str, shape: str) -> tuple[np.ndarray, int, int]:
 
 
 @functools.cache
-def _order(which: str, shape: str) -> np.ndarray:
-    """For each place of the matrix, which element of the (lane, element) list lies there."""
-    at = places(which, shape)[0].reshape(-1)
+def _sources(which: str, shape: str, count: int) -> np.ndarray:
+    """(warps, rows, columns): where each element lies when the registers of ``count`` lanes stand one behind the other."""
+    at, rows, columns = places(which, shape)
     order = np.full(at.size, -1)
-    order[at] = np.arange(at.size)
+    order[at.reshape(-1)] = np.arange(at.size)
     assert (order >= 0).all(), "a fragment that does not hold the whole matrix"
-    return order
+    lane, element = np.divmod(order.reshape(rows, columns), at.shape[1])
+    together = 2 if which.endswith("16") else 1  # elements a register
+    warps = np.arange(0, count, 32)[:, None, None]
+    return (element // together * count + warps + lane) * together + element % together
 
 
-def _matrix(elements: np.ndarray, which: str, shape: str) -> np.ndarray:
-    """(warps * 32, elements) -> (warps, rows, columns)."""
-    _, rows, columns = places(which, shape)
-    return elements.reshape(-1, rows * columns)[:, _order(which, shape)].reshape(-1, rows, columns)
+@functools.cache
+def _results(shape: str, count: int) -> np.ndarray:
+    """(registers, lanes): which element of all the matrices each lane gets."""
+    at, rows, columns = places("c", shape)
+    return (at.T[:, None] + rows * columns * np.arange(count // 32)[:, None]).reshape(at.shape[1], count)
 
 
 def multiply_add(shape: str, kinds: tuple[str, str], a: list, b: list, c: list) -> list[np.ndarray]:
     """``mma.sync.aligned.<shape>.row.col``: registers of a, b (uint32) and c (float32) -> those of the result (float32)."""
+    count = len(c[0])
+    suffix = "32" if kinds[0] == "tf32" else "16"
+    sums = np.concatenate(c).take(_sources("c", shape, count))
     with np.errstate(all="ignore"):
-        left, right = (_elements(registers, kind) for registers, kind in zip((a, b), kinds, strict=True))
-        suffix = "32" if kinds[0] == "tf32" else "16"
-        product = _matrix(left, "a" + suffix, shape).astype(np.float64) @ _matrix(right, "b" + suffix, shape)
-        total = (product + _matrix(np.stack(c, 1), "c", shape)).astype(np.float32)
-    made = total.reshape(len(total), -1)[:, places("c", shape)[0].reshape(-1)].reshape(-1, 4)
-    return [np.ascontiguousarray(made[:, i]) for i in range(4)]
+        left = _matrices(a, kinds[0], _sources("a" + suffix, shape, count))
+        right = _matrices(b, kinds[1], _sources("b" + suffix, shape, count))
+        total = (left @ right + sums).astype(np.float32)
+    return list(total.take(_results(shape, count)))
 
 
-def _elements(registers: list[np.ndarray], kind: str) -> np.ndarray:
-    together = np.stack(registers, 1)
+def _matrices(registers: list[np.ndarray], kind: str, sources: np.ndarray) -> np.ndarray:
+    """Fragments as whole matrices of float64."""
+    together = np.concatenate(registers)
     if kind == "tf32":  # the lower 13 bits are not looked at
-        return (together & np.uint32(0xFFFFE000)).view(np.float32)
-    return halves(together, kind).reshape(len(together), -1)
+        elements = (together & np.uint32(0xFFFFE000)).view(np.float32)
+    elif kind == "bf16":
+        elements = bf16_to_f32(together.view(np.uint16))
+    else:
+        elements = together.view(np.float16)
+    return elements.take(sources).astype(np.float64)
 
 
 def rows_of(addresses: np.ndarray, count: int) -> np.ndarray:
@@ -84,12 +94,11 @@ def rows_of(addresses: np.ndarray, count: int) -> np.ndarray:
 
 
 def spread(matrices: np.ndarray, transposed: bool) -> list[np.ndarray]:
-    """(warps, count, 8, 8) uint16 -> a register a matrix: lane l gets elements 2 (l % 4) and the next of row l / 4."""
-    if transposed:
-        matrices = matrices.swapaxes(2, 3)
+    """(warps, count, 8, 4) pairs of 16 bits -> a register a matrix: lane l gets the pair l % 4 of row l / 4."""
     warps, count = matrices.shape[:2]
-    registers = np.ascontiguousarray(matrices).reshape(warps, count, 64).view(np.uint32)  # 32 pairs: a lane each
-    return [np.ascontiguousarray(registers[:, i]).reshape(-1) for i in range(count)]
+    if transposed:
+        matrices = np.ascontiguousarray(matrices.view(np.uint16).swapaxes(2, 3)).view(np.uint32)
+    return list(np.ascontiguousarray(matrices.reshape(warps, count, 32).swapaxes(0, 1)).reshape(count, -1))
 
 
 def collect(registers: list[np.ndarray], transposed: bool) -> np.ndarray:

@@ -9,10 +9,12 @@ DTYPES = {"u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, 
           "f32": np.float32, "f64": np.float64}  # fmt: skip
 RAW = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # how registers are kept, by size
 
+_SMALLEST_NORMAL = {np.dtype(kind).itemsize: np.finfo(kind).tiny for kind in (np.float16, np.float32, np.float64)}
+
 
 def flush(x: np.ndarray) -> np.ndarray:
     """Floats with subnormal numbers as zeros of their sign (``.ftz``)."""
-    return x * (np.abs(x) >= np.finfo(x.dtype).tiny)
+    return x * (np.abs(x) >= _SMALLEST_NORMAL[x.dtype.itemsize])
 
 
 def smallest(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ The PTX ISA manual, 9.7, is the source.
 from __future__ import annotations
 
 from .instructions import COMPARE, UNORDERED, Emitter, handles, kind_of
-from .program import SIZES, Instruction, PtxError, Register, Special
+from .numbers import DTYPES
+from .program import SIZES, Immediate, Instruction, PtxError, Register, Special
 
 # ---------------------------------------------------------------- arithmetic
 
@@ -162,6 +163,9 @@ def _extreme(e: Emitter, i: Instruction) -> None:
 def _shift(e: Emitter, i: Instruction) -> None:
     kind = kind_of(i)
     d, a, b = i.operands
+    if isinstance(b, Immediate) and 0 <= b.value < 8 * SIZES[kind]:
+        by = e.constant(DTYPES[kind](b.value))
+        return e.write(d, f"({e.array(a, kind)} {'<<' if i.name == 'shl' else '>>'} {by})", kind)
     e.write(d, f"nb.shift_{'left' if i.name == 'shl' else 'right'}({e.array(a, kind)}, {e.read(b, 'b32')})", kind)
 
 
