@@ -309,10 +309,8 @@ class Stage:
 
     def _accesses(self, rows: range) -> list:
         """The last writes of these rows, and of no other rows."""
-        found = []
-        for i in rows:
-            if self.rows[i] is not None and not any(a is self.rows[i] for a in found):
-                found.append(self.rows[i])
+        # What a step takes is nearly always one write.
+        found = list({id(a): a for a in self.rows[rows.start : rows.stop] if a is not None}.values())
         if len(rows) < len(self.rows):
             for access in list(found):
                 if any(self.rows[i] is access for i in range(len(self.rows)) if i not in rows):

@@ -225,7 +225,10 @@ def common_layout(*values):
     """The layout of those that are tiles, which must agree, shapes too; ``None`` if there are none."""
     tiles = [t for t in values if isinstance(t, Tile)]
     for t in tiles[1:]:
-        assert_(t.layout == tiles[0].layout, f"layouts differ: {t.layout} and {tiles[0].layout}")
+        if t.layout is not tiles[0].layout:  # their names are long
+            assert_(t.layout == tiles[0].layout, f"layouts differ: {t.layout} and {tiles[0].layout}")
+        if t.shape == tiles[0].shape:
+            continue
         fits = len(t.shape) == len(tiles[0].shape)
         fits = fits and all(m == n or 1 in (m, n) for m, n in zip(t.shape, tiles[0].shape, strict=True))
         assert_(fits, f"shapes differ: {t.shape} and {tiles[0].shape}")
