@@ -16,6 +16,7 @@ import pytest
 from frames import with_room
 from interpreter import patch_once_a_launch, work_less
 
+pytest_plugins = ["settled"]
 INTERPRETER = "patched once a launch"
 if os.environ.get("TRITON_INTERPRET") == "1" and not (patch_once_a_launch() and work_less()):
     INTERPRETER = "as it is, slow: tests/interpreter.py does not know this version"

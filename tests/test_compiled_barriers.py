@@ -14,6 +14,7 @@ from ptx.extension_build import readable
 from ptx.machine import warps_apart
 from ptx.own_process import compiled
 from ptx.program import PtxError, parse
+from settled import CUDA_KERNELS, TRITON_KERNELS
 from test_compiled_triton import HOPPER, LONG, TRITON, check
 
 # Segments that share packs, and one for each of the kernels for whole ones, whose blocks take both heads one after the other.
@@ -80,6 +81,7 @@ def survivors(name, trials):
     return found, len(places)
 
 
+@pytest.mark.settles(*CUDA_KERNELS)
 @pytest.mark.parametrize("what", TRIALS)
 def test_short_attention_without_a_barrier(what):
     launched = [set(trial(0)) for trial in TRIALS[what]]
@@ -101,6 +103,7 @@ def test_triton_and_gluon(way):
         check("bfloat16", LONG["bfloat16"], 1, level, 1, head_dim, way=way, capability=capability)
 
 
+@pytest.mark.settles(*TRITON_KERNELS, packages=["triton"])
 @pytest.mark.parametrize("way", TRITON)
 @compiled
 def test_triton_without_barriers(way):

@@ -9,6 +9,7 @@ import torch
 from ptx.extension import CompiledCudaBackend, extension
 from ptx.extension_build import CSRC, ptx, readable
 from ptx.program import PtxError, parse
+from settled import CUDA_KERNELS
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -94,6 +95,7 @@ def mutants(tmp_path_factory):
     return ptx(folder / "mutants.cu", "80")
 
 
+@pytest.mark.settles(*CUDA_KERNELS)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_kernel_is_noticed(compiled, mutants, name):
     number = list(MUTANTS).index(name)

@@ -376,6 +376,12 @@ MUTANTS = [
 ]  # fmt: skip
 
 
+about = pytest.mark.settles(
+    "hlip_kernels/backends/hopper/*.py", "hlip_kernels/backends/base.py", "hlip_kernels/layout*.py", "hlip_kernels/pa*.py",
+    "tests/gluon_emulation*.py", "tests/emulated_hopper.py", "tests/attention_truth.py",
+)  # fmt: skip
+
+
 @functools.cache
 def source():
     return sources()
@@ -388,6 +394,7 @@ def run(kernels, direction: str, case: str, seed: int) -> None:
     case.check(case.forward(backend) if direction in ("f", "fw") else case.backward(backend, deterministic))
 
 
+@about
 @pytest.mark.parametrize(
     "file, direction, case, report, old, new",
     [(file, direction, *rest) for file, direction, _, *rest in MUTANTS],
@@ -403,6 +410,7 @@ def test_a_broken_kernel_is_noticed(request, file, direction, case, report, old,
             run(kernels, direction, case, seed)
 
 
+@about
 @pytest.mark.parametrize("direction, case", sorted({(direction, case) for _, direction, _, case, *_ in MUTANTS}))
 def test_the_kernels_themselves_pass(direction, case):
     for seed in range(3):

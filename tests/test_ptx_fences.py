@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ptx.own_process import compiled
 from ptx.snippets import PtxError, run
+from settled import TRITON_KERNELS
 from test_compiled_triton import FEW, check
 from test_ptx_hopper import ARRIVE, BARS, COPY, init, moved, run_maps, wait
 from test_ptx_wgmma import COMMIT, LEFT, RIGHT, ROOM, SECOND, WAIT, A, B, accumulators, bits, compact, draw, image, wgmma
@@ -208,6 +209,7 @@ def notices(case, options, text, wrong) -> bool:
 WRITTEN = {"forward": 2, "backward_dq": 2, "backward_dkdv": 2, "backward_fused": 4, "backward_whole": 6}
 
 
+@pytest.mark.settles(*TRITON_KERNELS, packages=["triton"])
 @pytest.mark.parametrize("way, head_dim, names", [
     ("hopper", 64, ["forward", "backward_dq", "backward_dkdv"]), ("hopper", 128, ["backward_dq", "backward_dkdv"]),
     ("hopper any order", 64, ["backward_fused"]), ("hopper ordered", 64, ["backward_fused"]),
@@ -233,6 +235,7 @@ def test_gluon_without_a_fence(way, head_dim, names):
         assert not missed, f"{name}: fences {missed} of {len(fences)} are not missed"
 
 
+@pytest.mark.settles(*TRITON_KERNELS, packages=["triton"])
 @pytest.mark.parametrize("kind, way, names", [
     ("bfloat16", "split", ["forward", "backward_dq", "backward_dkdv"]), ("float16", "fast", ["backward_fused"]),
     ("tfloat32", "split", ["forward", "backward_dq", "backward_dkdv"]),
