@@ -43,7 +43,7 @@ def ran(project, *options) -> dict:
 
 def test_one_in_eight_is_run_while_nothing_changes(project):
     root = project.path
-    assert ran(project, "tests") == {"passed": 21}, "nothing is on record"
+    assert ran(project, "tests") == {"passed": 21, "warnings": 2}, "nothing is on record"
     assert ran(project, "tests", "--settled", "record") == {"passed": 20, "deselected": 1}
     project.runpytest_subprocess("-s", "tests/").stdout.fnmatch_lines(["*settled, where nothing has changed*"])
     assert ran(project, "tests") == {"passed": 3 + 3 + 1, "deselected": 14}
@@ -52,10 +52,12 @@ def test_one_in_eight_is_run_while_nothing_changes(project):
     for file in ("kernels/one.py", "tests/test_kernel.py"):
         before = (root / file).read_text()
         (root / file).write_text(before + "\n")
-        assert ran(project, "tests") == {"passed": 21}, f"{file} has changed"
+        assert ran(project, "tests") == {"passed": 21, "warnings": 2}, f"{file} has changed"
         (root / file).write_text(before)
     (root / "kernels/two.py").touch()
-    assert ran(project, "tests") == {"passed": 21}, "there is one more"
+    result = project.runpytest_subprocess("tests", "-p", "no:xdist")
+    result.stdout.fnmatch_lines(["*all of test_kernel.py::test_many is run, since what it is about has changed*"])
+    assert result.parseoutcomes() == {"passed": 21, "warnings": 2}, "there is one more"
 
 
 def test_a_test_that_asks_is_told(project):
