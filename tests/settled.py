@@ -10,8 +10,10 @@ tests, and then writes down what they ran on, in ``tests/settled.json``.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +40,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "settles(*paths, packages=()): what a test is about, beside its own file")
+    config.addinivalue_line(
+        "markers",
+        "settles(*paths, packages=()): what a test is about beside its own file; packages: those that make code, or nvcc",
+    )
 
 
 def pytest_report_header(config):
@@ -59,11 +64,25 @@ def digest(file: Path, marker) -> str:
         for path in found:
             made.update(f"{path.relative_to(ROOT).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     for package in marker.kwargs.get("packages", ()):
-        try:
-            made.update(f"{package} {'.'.join(version(package).split('.')[:2])}".encode())
-        except PackageNotFoundError:
-            made.update(f"no {package}".encode())
+        made.update(f"{package} {_version(package)}".encode())
     return made.hexdigest()[:16]
+
+
+@functools.cache
+def _version(package: str) -> str:
+    """major.minor of a package, or of nvcc; empty where there is none."""
+    if package == "nvcc":
+        sys.path.insert(0, str(ROOT / "tools"))
+        from cuda_toolkit import ToolError, nvcc_version
+
+        try:
+            return nvcc_version()
+        except ToolError:
+            return ""
+    try:
+        return ".".join(version(package).split(".")[:2])
+    except PackageNotFoundError:
+        return ""
 
 
 @pytest.hookimpl(trylast=True)
@@ -104,12 +123,13 @@ def settled(request) -> bool:
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """Writes the record, once all of a file have run and passed."""
+    """Writes the record, once all have run and passed."""
     config = session.config
     if config.getoption("settled") != "record" or config.option.collectonly:
         return
     parts = config.getoption("keyword") or config.getoption("markexpr") or any("::" in one for one in config.args)
-    if exitstatus or parts:
+    skipped = config.pluginmanager.getplugin("terminalreporter").stats.get("skipped")
+    if exitstatus or parts or skipped:
         print(f"\n{RECORD.name} stays as it is: not all of these tests ran and passed")
         return
     found = config.stash[_FOUND]

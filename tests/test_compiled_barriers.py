@@ -81,7 +81,7 @@ def survivors(name, trials):
     return found, len(places)
 
 
-@pytest.mark.settles(*CUDA_KERNELS)
+@pytest.mark.settles(*CUDA_KERNELS, packages=["nvcc"])
 @pytest.mark.parametrize("what", TRIALS)
 def test_short_attention_without_a_barrier(what):
     launched = [set(trial(0)) for trial in TRIALS[what]]

@@ -77,6 +77,9 @@ def test_only_what_has_passed_whole_is_recorded(project):
     tests.write_text(TESTS.format(fails="5"))
     assert ran(project, "tests", "--settled", "record") == {"passed": 19, "failed": 1, "deselected": 1}
     assert not record.exists()
+    tests.write_text(TESTS.format(fails="None") + "\n\ndef test_skips():\n    pytest.skip('not here')\n")
+    assert ran(project, "tests", "--settled", "record") == {"passed": 20, "skipped": 1, "deselected": 1}
+    assert not record.exists()
     tests.write_text(TESTS.format(fails="None").replace("kernels/*.py", "kernels/none.py"))
     result = project.runpytest_subprocess("tests")
     result.stderr.fnmatch_lines(["*is about kernels/none.py, of which there is none*"])
